@@ -1,0 +1,57 @@
+"""The strict base of every config, and the one error type that means "the user can fix this"."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message names the field or file, the value, and what to do.
+
+    The command line prints it as one line and exits with code 2; any other exception is a bug and keeps its traceback.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'batch_size'?"` for the nearest known name, or the list of all when nothing is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else f"; known are: {', '.join(known)}"
+
+
+class StrictModel(BaseModel):
+    """Frozen, no unknown keys, no silent conversions of the wrong kind, field help from the attribute docstrings."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_field(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            known = {field.alias or name for name, field in cls.model_fields.items()} | set(cls.model_fields)
+            for key in values:
+                if key not in known:
+                    raise ValueError(f"unknown field '{key}' in {cls.__name__}{did_you_mean(str(key), known)}")
+        return values
+
+
+def explain(error: ValidationError, source: str = "") -> str:
+    """One line for each problem of a pydantic error: `source: field.sub: message (got value)`."""
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            message = "is required and was not given"
+        elif problem["type"] != "value_error":
+            message = f"{message} (got {problem['input']!r})"
+        lines.append(": ".join(part for part in (source, place, message) if part))
+    return "\n".join(lines)

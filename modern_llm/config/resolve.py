@@ -1,0 +1,96 @@
+"""Fill what depends on the stage, the number of ranks and the size of the data, and check the arithmetic. Pure."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from modern_llm.config.base import UserError
+from modern_llm.config.training import Stage, TrainingConfig
+
+STAGE_DEFAULTS: dict[Stage, dict[str, Any]] = {
+    # Muon on the matrices reaches a given loss in a fraction of AdamW's steps on models built here from random weights.
+    "pretrain": {
+        "batch_size": 32,
+        "optimizer": "muon",
+        "learning_rate": 3e-3,
+        "weight_decay": 0.1,
+        "lr_schedule": "cosine",
+    },
+    "sft": {"batch_size": 32, "optimizer": "adamw", "learning_rate": 2e-5, "weight_decay": 0.0, "lr_schedule": "cosine"},
+    # arXiv 2305.18290 appendix B, with AdamW in place of RMSprop: warmup over 150 steps, then constant.
+    "dpo": {"batch_size": 32, "optimizer": "adamw", "learning_rate": 1e-6, "weight_decay": 0.0, "lr_schedule": "constant"},
+}
+MOST_WARMUP_STEPS: dict[Stage, int] = {"pretrain": 200, "sft": 100, "dpo": 150}
+MOST_SEQUENCES_PER_FORWARD = 8
+
+
+def resolve(
+    config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_epoch: int | None = None
+) -> TrainingConfig:
+    """The same config with every None filled, as it is recorded in the checkpoint.
+
+    Args:
+        config: what the user gave.
+        stage: which stage's defaults apply.
+        world_size: number of ranks.
+        rows_per_epoch: sequences or pairs of one pass over the data. None: not known yet; then `max_steps` and
+            `warmup_steps` may stay None.
+
+    Raises:
+        UserError: `batch_size` is not micro-batch × accumulation × ranks, or warmup is longer than the run.
+    """
+    filled = config.model_dump()
+    for name, value in STAGE_DEFAULTS[stage].items():
+        if filled[name] is None and name != "batch_size":
+            filled[name] = value
+    filled["run_name"] = config.run_name or stage
+    filled["output_dir"] = config.output_dir or Path("experiments/runs") / filled["run_name"]
+    filled["save_every"] = config.save_every or 500
+    if filled["optimizer"] == "muon" and filled["muon_learning_rate"] is None:
+        filled["muon_learning_rate"] = 0.02
+    filled |= _resolve_batch(config, stage, world_size)
+    filled |= _resolve_length(config, stage, filled["batch_size"], rows_per_epoch)
+    return TrainingConfig(**filled)
+
+
+def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dict[str, int]:
+    batch, micro, accumulation = config.batch_size, config.micro_batch_size, config.gradient_accumulation_steps
+    default_batch = STAGE_DEFAULTS[stage]["batch_size"]
+    if batch is None:
+        if micro is not None and accumulation is not None:
+            batch = micro * accumulation * world_size
+        else:  # the stage's own size, rounded up to what the given part divides
+            part = (micro or accumulation or 1) * world_size
+            batch = math.ceil(default_batch / part) * part
+    if micro is None and accumulation is None:
+        per_rank = max(1, batch // world_size)
+        micro = max(size for size in range(1, min(per_rank, MOST_SEQUENCES_PER_FORWARD) + 1) if per_rank % size == 0)
+    if micro is None:
+        micro = max(1, batch // (accumulation * world_size))  # type: ignore[operator]
+    if accumulation is None:
+        accumulation = max(1, batch // (micro * world_size))
+    if batch != micro * accumulation * world_size:
+        raise UserError(
+            f"batch_size={batch} is not micro_batch_size × gradient_accumulation_steps × ranks = "
+            f"{micro} × {accumulation} × {world_size} = {micro * accumulation * world_size}: change one of them, or leave "
+            f"gradient_accumulation_steps out"
+        )
+    return {"batch_size": batch, "micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
+
+
+def _resolve_length(
+    config: TrainingConfig, stage: Stage, batch_size: int, rows_per_epoch: int | None
+) -> dict[str, int | float | None]:
+    num_epochs = None if config.max_steps else (config.num_epochs or 1.0)
+    max_steps, warmup = config.max_steps, config.warmup_steps
+    if max_steps is None and rows_per_epoch is not None:
+        whole, part = divmod(num_epochs or 1.0, 1.0)
+        steps_per_epoch = math.ceil(rows_per_epoch / batch_size)
+        max_steps = max(1, int(whole) * steps_per_epoch + math.ceil(round(part * rows_per_epoch / batch_size, 9)))
+        num_epochs = None
+    if max_steps is not None:
+        if warmup is None:
+            warmup = min(MOST_WARMUP_STEPS[stage], max_steps // 10)
+        if warmup > max_steps:
+            raise UserError(f"warmup_steps={warmup} exceeds the run's {max_steps} optimizer steps: lower it")
+    return {"max_steps": max_steps, "num_epochs": num_epochs, "warmup_steps": warmup}

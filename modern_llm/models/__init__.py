@@ -1,0 +1,1 @@
+"""Models: build or load a `transformers` class, packed attention, the policy module."""

@@ -1,0 +1,114 @@
+"""Attention over packed rows, for unchanged `transformers` models.
+
+Registered with `AttentionInterface`, so every model that dispatches its attention through it uses this function; the mask
+function returns None, because what may see what is in the layout. The layout's tensors reach it as extra keyword arguments of
+the model call (`packed_grid`, `packed_cells`), which transformers 5.x passes down to the attention unchanged.
+
+Every segment gets a line of its own in a right-padded grid. Under a causal mask a real token never sees the padding behind
+it, so no mask is needed, and only attention pays for the padding: every other layer runs on the packed row.
+
+Shapes: T tokens of the row, S segments, W longest segment, H query heads, K key heads, D channels of a head.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+# transformers 5.23 treats a name that contains "sdpa" or "flash" as one of its own kernels, with their restrictions
+SDPA = "modern_llm_packed_fused"
+EAGER = "modern_llm_packed_plain"
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_grid: Tensor,
+    packed_cells: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment.
+
+    Args:
+        module: the attention layer of the model.
+        query: (1, H, T, D).
+        key: (1, K, T, D).
+        value: (1, K, T, D).
+        attention_mask: None always; the registered mask function returns it.
+        packed_grid: (S, W) token of each cell.
+        packed_cells: (T,) cell of each token.
+        scaling: what scores are multiplied by. None: 1/√D.
+        dropout: probability of dropping an attention weight.
+        sliding_window: positions that a token sees, itself included. None: all before it.
+        softcap: scores become softcap · tanh(score / softcap), as in Gemma-2.
+        s_aux: (H,) attention sinks: one more logit in each head's softmax, with no value behind it (gpt_oss).
+
+    Returns:
+        (1, T, H, D), and None for the weights.
+    """
+    assert attention_mask is None and query.shape[0] == 1, "packed attention takes one row and no mask"
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    lines = [x[0].transpose(0, 1)[packed_grid].transpose(1, 2) for x in (query, key, value)]  # (S, H or K, W, D)
+    width = packed_grid.shape[1]
+    window = sliding_window if sliding_window is not None and sliding_window < width else None
+    if softcap is None and s_aux is None and module.config._attn_implementation == SDPA:
+        mask = None if window is None else _band(width, window, query.device)
+        out = F.scaled_dot_product_attention(
+            *lines, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    else:
+        mask = _band(width, width if window is None else window, query.device)
+        out = _explicit_attention(*lines, mask, scaling, dropout, softcap, s_aux)
+    out = out.transpose(1, 2).flatten(0, 1)[packed_cells]  # (T, H, D)
+    return out[None], None
+
+
+def _band(width: int, window: int, device: torch.device) -> Tensor:
+    """(W, W) bool, True where a query position (line) sees a key position (column): 0 ≤ query − key < window."""
+    position = torch.arange(width, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Plain matrix products with the softmax in fp32, for what the fused kernel cannot do; (S, H, W, D)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        sink = sinks.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+    return F.dropout(weights, p=dropout, training=dropout > 0).to(value.dtype) @ value
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The layout says what may see what, so no mask is built."""
+
+
+for _name in (SDPA, EAGER):
+    AttentionInterface.register(_name, packed_attention)
+    AttentionMaskInterface.register(_name, _no_mask)

@@ -1,0 +1,100 @@
+"""Models from a `ModelConfig`, or from a folder or hub id."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from modern_llm.config import ModelConfig, UserError
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A model with random fp32 weights, the same for the same seed; the global random state is left as it was.
+
+    Raises:
+        UserError: the tokenizer has more tokens than `vocab_size` has rows.
+    """
+    if config.vocab_size is not None and config.vocab_size < len(tokenizer):
+        raise UserError(f"vocab_size={config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens: leave it out")
+    ffn = config.ffn_hidden_size or -(-config.d_model * 8 // 3 // 64) * 64
+    common: dict[str, Any] = {
+        "vocab_size": config.vocab_size or len(tokenizer),
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads or config.n_heads,
+        "head_dim": config.d_model // config.n_heads,
+        "intermediate_size": ffn,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": config.dropout,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    if config.architecture == "qwen3_moe":
+        common |= {
+            "num_experts": config.n_experts,
+            "num_experts_per_tok": config.n_experts_per_token,
+            "moe_intermediate_size": ffn,
+            "norm_topk_prob": True,
+        }
+    if config.architecture == "gpt_oss":
+        common |= {
+            "num_local_experts": config.n_experts,
+            "num_experts_per_tok": config.n_experts_per_token,
+            "sliding_window": config.sliding_window or 128,
+        }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config.architecture, **common), dtype=torch.float32)
+
+
+def refuse_pickles(checkpoint: Path | str, field: str) -> None:
+    """Refuse a single file, which in older scripts is a pickle.
+
+    Raises:
+        UserError: `checkpoint` is a file, or looks like the path of one.
+    """
+    path = Path(checkpoint)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl") or path.is_file():
+        raise UserError(
+            f"{field}={str(checkpoint)!r}: a checkpoint is a folder (model.safetensors, config.json, tokenizer files), not a "
+            f"file; a .pt file is a pickle, which can run code when it is loaded, and it lacks the tokenizer"
+        )
+
+
+def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedModel:
+    """A causal language model with fp32 weights from a folder or a hub id; safetensors only, no remote code.
+
+    Args:
+        checkpoint: one of our folders, any Hugging Face model folder, or a hub id.
+        field: name of the argument, for errors.
+
+    Raises:
+        UserError: not there, not reachable, or not a safetensors model.
+    """
+    refuse_pickles(checkpoint, field)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(checkpoint), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, HFValidationError) as error:
+        raise missing_from_hub(checkpoint, field, "model", error) from None
+
+
+def missing_from_hub(name: Path | str, field: str, kind: str, error: Exception) -> UserError:
+    """The error for a folder or hub id that did not load."""
+    if Path(name).is_dir():
+        return UserError(f"{field}={str(name)!r}: this folder holds no {kind} that can be loaded: {first_line(error)}")
+    return UserError(
+        f"{field}={str(name)!r}: no such folder, and the hub did not give a {kind} of that name "
+        f"({type(error).__name__}): check the spelling, or the network"
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,110 @@
+"""The one module through which every stage calls a model: packed row in, log-prob of each scored token out."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modern_llm.config import UserError
+from modern_llm.layout import PackedRow, Segment, pack
+from modern_llm.losses.token_logprobs import TokenScores, scores_from_logits, token_scores
+from modern_llm.models import attention
+
+CHECK_LENGTHS = (3, 11, 7)
+CHECK_TOLERANCE = 1e-3
+"""Nats per token between the packed path and the model's own logits. Rounding differs by about 1e-6 in fp32; a head or mask that
+is left out differs by far more."""
+
+
+class Policy(nn.Module):
+    """A causal language model behind the packed layout.
+
+    The output projection sees only positions that predict a scored token. Where the model's head is a plain projection it
+    runs in chunks (`losses.token_logprobs`); otherwise the model's own head runs on those positions.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention_kernel: str = "auto") -> None:
+        """Wraps the model and checks, on three short sequences, that the packed path equals the model's own logits.
+
+        Raises:
+            UserError: the model mixes positions in a way that packing does not know (state-space layers, ALiBi, …).
+        """
+        super().__init__()
+        self.model = model
+        self.plain_head = True
+        self._check_against_own_logits(attention.EAGER if attention_kernel == "eager" else attention.SDPA)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, row: PackedRow) -> TokenScores:
+        """Scores of the row's targets, in row order; an empty set of targets gives empty scores."""
+        inputs = {
+            "input_ids": row.ids,
+            "position_ids": row.positions,
+            "packed_grid": row.grid,
+            "packed_cells": row.cells,
+            "use_cache": False,
+        }
+        if not self.plain_head:
+            # `logits_to_keep` may be a tensor of positions (transformers 5.x); the head's own scale or cap is applied
+            logits = self.model(**inputs, logits_to_keep=row.predicting).logits[0]
+            return scores_from_logits(logits, row.targets)
+        hidden = self.model.base_model(**inputs).last_hidden_state[0]
+        head = self.model.get_output_embeddings()
+        return token_scores(hidden[row.predicting], head.weight, getattr(head, "bias", None), row.targets)
+
+    @torch.no_grad()
+    def _check_against_own_logits(self, implementation: str) -> None:
+        """Compare with the unwrapped model, one sequence at a time, without moving any random state."""
+        name = type(self.model).__name__
+        was_training = self.model.training
+        self.model.eval()
+        vocab = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        generator = torch.Generator().manual_seed(0)
+        ids = [torch.randint(vocab, (length,), generator=generator) for length in CHECK_LENGTHS]
+        own = torch.cat([self._own_logprobs(sequence) for sequence in ids])
+        row = pack([Segment(s.numpy(), torch.ones(len(s), dtype=torch.bool).numpy()) for s in ids]).to(self.device)
+        try:
+            self.model.set_attn_implementation(implementation)
+            differences = {}
+            for plain_head in (True, False):
+                self.plain_head = plain_head
+                differences[plain_head] = float((self(row).logprobs - own).abs().max())
+                if differences[plain_head] <= CHECK_TOLERANCE:
+                    break
+            else:
+                raise UserError(
+                    f"{name} cannot be trained on packed rows: its log-probs differ by {differences[False]:.3g} nats from its "
+                    f"own logits, so some layer mixes positions outside the attention interface; use another architecture"
+                )
+        except (TypeError, KeyError, NotImplementedError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{name} cannot be trained on packed rows: {error}; use another architecture") from error
+        finally:
+            self.model.train(was_training)
+
+    def _own_logprobs(self, ids: Tensor) -> Tensor:
+        """(tokens − 1,) log-probs of one sequence through the model's unchanged forward."""
+        ids = ids.to(self.device)
+        logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the model to 0: modules, and the float attributes that attention layers read."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def frozen(policy: Policy) -> Policy:
+    """The policy in eval mode with no parameter that learns: a reference."""
+    policy.eval()
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    return policy
