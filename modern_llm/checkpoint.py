@@ -1,0 +1,156 @@
+"""Checkpoint folders: written under a temporary name and renamed, with a manifest of every file; no pickle anywhere.
+
+A folder holds what `transformers` writes (`model.safetensors`, `config.json`, tokenizer files), `modern_llm.json` (the
+manifest) and, where a run can be resumed from it, `training/` (state as safetensors + JSON).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modern_llm.config import UserError
+
+MANIFEST = "modern_llm.json"
+STATE_TENSORS = "training/state.safetensors"
+STATE_JSON = "training/state.json"
+_TENSOR = "$tensor"
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends without an error, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        scratch.chmod(0o755)  # mkdtemp makes it private; a checkpoint is read by others
+        yield scratch
+        for path in scratch.rglob("*"):
+            _sync(path)
+        _sync(scratch)
+        if target.exists():  # the same step saved again after a resume
+            shutil.rmtree(target)
+        scratch.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    _sync(scratch)
+    scratch.replace(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over the names and bytes of every parameter and buffer that is saved, tied ones once per name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    return {name: version(name) for name in ("modern-llm", "torch", "transformers", "tokenizers")}
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write `modern_llm.json`: the given content, versions, and size and sha256 of every other file of the folder."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    text = json.dumps({"format": 1, **content, "versions": versions(), "files": files}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path | str) -> dict[str, Any] | None:
+    """The manifest of one of our folders; None for any other model folder or a hub id.
+
+    Raises:
+        UserError: the manifest is damaged.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged manifest ({error}): use another checkpoint") from None
+
+
+def verify(folder: Path | str) -> None:
+    """Compare every file of one of our folders with its manifest; other folders pass.
+
+    Raises:
+        UserError: a file is missing or differs, by name.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    for name, expected in manifest["files"].items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing from the checkpoint: use another one")
+        if path.stat().st_size != expected["size"] or sha256_of_file(path) != expected["sha256"]:
+            raise UserError(f"{path}: differs from what was saved (size or sha256): use another checkpoint")
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Save a nested dict of tensors, numbers, strings, lists and None as one safetensors and one JSON file."""
+    tensors: dict[str, Tensor] = {}
+
+    def describe(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().cpu().contiguous().clone()
+            return {_TENSOR: name}
+        if isinstance(value, dict):
+            return {key: describe(item, f"{name}/{key}") for key, item in value.items()}
+        assert value is None or isinstance(value, (bool, int, float, str)), f"{name}: {type(value)} is no state"
+        return value
+
+    described = describe(state, "state")
+    (folder / STATE_JSON).parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / STATE_TENSORS)
+    (folder / STATE_JSON).write_text(json.dumps(described), encoding="utf-8")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` saved, tensors on the CPU."""
+    tensors = load_file(folder / STATE_TENSORS)
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[_TENSOR]] if _TENSOR in value else {key: restore(item) for key, item in value.items()}
+        return value
+
+    return restore(json.loads((folder / STATE_JSON).read_text(encoding="utf-8")))

@@ -1,0 +1,123 @@
+"""Pairs of answers to one prompt: both sides carry the same prompt ids, and only the answers count."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from modern_llm.config import UserError
+from modern_llm.config.data import PreferenceDatasetConfig
+from modern_llm.config.dpo import DPOConfig
+from modern_llm.data.chat import ChatEncoder, Message
+from modern_llm.data.messages import checked_messages, first_present, hh_messages, instruction_text, prompt_text, user_message
+from modern_llm.data.prepared import Example, PreparedData, finish, segment, split_rows
+from modern_llm.data.sources import Rows, prompt_hash
+
+__all__ = ["Pair", "PreferenceDatasetConfig", "prepare_preferences", "read_pair"]
+
+PROMPT_COLUMNS = ("prompt", "question", "instruction")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and two answers to it, as text."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+
+
+def read_pair(rows: Rows, i: int, config: PreferenceDatasetConfig) -> Pair | str:
+    """One row as a pair, or the reason why it is none.
+
+    Raises:
+        UserError: a column is missing or of the wrong kind, by file, line and field.
+    """
+    row = rows.rows[i]
+    prompt_field = config.prompt_field or first_present(row, PROMPT_COLUMNS)
+    chosen, rejected = (_side(rows, i, field, prompt_field) for field in (config.chosen_field, config.rejected_field))
+    if prompt_field is None:
+        prompt = chosen[:-1]
+        if prompt_text(prompt) != prompt_text(rejected[:-1]):
+            return "prompts_differ"
+    elif prompt_field in row and isinstance(row[prompt_field], list):
+        prompt = checked_messages(rows, i, prompt_field)
+    else:
+        prompt = user_message(instruction_text(rows, i, prompt_field))
+    if not prompt or prompt[-1]["role"] != "user" or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        return "turns_out_of_order"
+    if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
+        return "answer_empty"
+    if chosen[-1]["content"] == rejected[-1]["content"]:
+        return "answers_identical"
+    return Pair(prompt, chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _side(rows: Rows, i: int, field: str, prompt_field: str | None) -> list[Message]:
+    """The turns of one side, its answer last."""
+    row = rows.rows[i]
+    if field not in row or row[field] is None:
+        raise UserError(f"{rows.place(i)}: no column '{field}' (columns: {', '.join(map(str, row)) or 'none'})")
+    if isinstance(row[field], list):
+        messages = checked_messages(rows, i, field)
+        if messages:
+            return messages
+    elif isinstance(row[field], str):
+        if prompt_field is not None:
+            return [{"role": "assistant", "content": row[field]}]
+        messages = hh_messages(row[field])
+        if messages:
+            return messages
+        raise UserError(
+            f"{rows.place(i)}: no prompt: '{field}' is no 'Human:'/'Assistant:' dialogue and there is none of the columns "
+            f"{', '.join(PROMPT_COLUMNS)}: set prompt_field"
+        )
+    raise UserError(f"{rows.place(i)}: '{field}' must be text or a list of messages, not {type(row[field]).__name__}")
+
+
+def pair_key(i: int, rows: Rows, config: PreferenceDatasetConfig) -> int:
+    """Hash of the prompt of row i."""
+    pair = read_pair(rows, i, config)
+    return prompt_hash(prompt_text(pair.prompt) if isinstance(pair, Pair) else f"row {i}")
+
+
+def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder) -> PreparedData:
+    """Every pair as two segments, chosen first, within the limits of `DPOConfig`."""
+    report: Counter[str] = Counter()
+    rows, used, eval_rows, eval_used = split_rows(config, "preferences", lambda i, r: pair_key(i, r, config), report)
+    train = _examples(rows, used, config, dpo, encoder, report)
+    evaluation = _examples(eval_rows, eval_used, config, dpo, encoder, Counter())
+    return finish(config, train, evaluation, report)
+
+
+def _examples(
+    rows: Rows, used: list[int], config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder, report: Counter[str]
+) -> list[Example]:
+    examples = []
+    for i in used:
+        pair = read_pair(rows, i, config)
+        if isinstance(pair, str):
+            report[f"dropped_because_{pair}"] += 1
+            continue
+        example = encode_pair(pair, dpo, encoder, i)
+        whole = [len(encoder.prompt_and_answer(pair.prompt, answer)[1]) for answer in (pair.chosen, pair.rejected)]
+        report["answers_cut"] += sum(int(s.scored.sum()) < n for s, n in zip(example.segments, whole, strict=True))
+        examples.append(example)
+    return examples
+
+
+def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder, row: int) -> Example:
+    """The two segments of a pair.
+
+    Where prompt and longest answer exceed `max_length`, the prompt first loses its beginning, down to half of `max_length`;
+    then answers lose their end, and with it the end token. So no answer is ever empty and both sides keep one prompt.
+    """
+    prompt_parts, chosen = encoder.prompt_and_answer(pair.prompt, pair.chosen)
+    _, rejected = encoder.prompt_and_answer(pair.prompt, pair.rejected)
+    prompt = [i for part in prompt_parts for i in part.ids]
+    if dpo.max_prompt_length is not None:
+        prompt = prompt[-dpo.max_prompt_length :]
+    if dpo.max_completion_length is not None:
+        chosen, rejected = chosen[: dpo.max_completion_length], rejected[: dpo.max_completion_length]
+    longest = max(len(chosen), len(rejected))
+    prompt = prompt[-max(dpo.max_length - longest, dpo.max_length // 2) :]
+    room = dpo.max_length - len(prompt)
+    return Example(tuple(segment([(prompt, False), (answer[:room], True)]) for answer in (chosen, rejected)), row=row)

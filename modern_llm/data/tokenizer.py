@@ -1,0 +1,155 @@
+"""Tokenizers: load, train, compare; and an encoder for which text is only ever text."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from modern_llm.checkpoint import read_manifest
+from modern_llm.config import UserError
+
+TURN_START, TURN_END, DOCUMENT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Chat template for tokenizers that come without one."""
+
+DEFAULT_VOCAB_SIZE = 8192
+
+
+def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or a hub id.
+
+    Raises:
+        UserError: not there, not reachable, or with no end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    except (OSError, ValueError, HFValidationError) as error:
+        known = "this folder holds no tokenizer" if Path(name).is_dir() else "no such folder, and not on the hub"
+        raise UserError(
+            f"{field}={str(name)!r}: {known} ({type(error).__name__}): check the spelling, or the network"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{field}={str(name)!r}: only tokenizers with a `tokenizers` backend work, not {type(tokenizer).__name__}")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop")
+    return with_chat_template(tokenizer)
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, with ChatML and its two control tokens where it had no chat template."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHATML
+        tokenizer.add_special_tokens({"additional_special_tokens": [TURN_START, TURN_END]})  # type: ignore[arg-type]
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML; text of any kind round-trips. The same texts give the same tokenizer.
+
+    Raises:
+        UserError: `vocab_size` is too small to hold the 256 bytes and the control tokens.
+    """
+    control = [DOCUMENT_END, TURN_START, TURN_END]
+    smallest = 256 + len(control)
+    if vocab_size < smallest:
+        raise UserError(f"vocab_size={vocab_size} is too small to train a tokenizer: at least {smallest}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=control,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=DOCUMENT_END,
+        additional_special_tokens=[TURN_START, TURN_END],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def checkpoint_tokenizer(
+    checkpoint: Path | str, tokenizer_name: str | None, field: str
+) -> tuple[PreTrainedTokenizerFast, str]:
+    """The tokenizer of a starting checkpoint, and the name to record for it.
+
+    Args:
+        checkpoint: the starting checkpoint.
+        tokenizer_name: what the user asked for. None, or the name that the checkpoint records, needs no look-up; any other
+            is loaded and compared by content.
+        field: name of the checkpoint's argument, for errors.
+
+    Raises:
+        UserError: the named tokenizer is not the checkpoint's.
+    """
+    own = load_tokenizer(checkpoint, field)
+    recorded = (read_manifest(checkpoint) or {}).get("tokenizer_name") or str(checkpoint)
+    if tokenizer_name is None or tokenizer_name in (recorded, str(checkpoint)):
+        return own, recorded
+    other = load_tokenizer(tokenizer_name)
+    if tokenizer_fingerprint(other) != tokenizer_fingerprint(own):
+        raise UserError(
+            f"tokenizer_name={tokenizer_name!r} ({len(other)} tokens) is not the tokenizer of {field}={str(checkpoint)!r} "
+            f"({len(own)} tokens, {recorded!r}): leave tokenizer_name out"
+        )
+    return own, recorded
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of what decides ids: vocabulary, merges, normalisation, added and special tokens; not the file layout."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.pop("truncation", None)
+    content.pop("padding", None)
+    content["special"] = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items()) if name == "eos_token"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class TextEncoder:
+    """Two encoders of one tokenizer: `text` recognises no added token, `control` recognises all of them.
+
+    A user's words go through `text`, so that `<|im_end|>` or `<s>` in them stays text; only pieces of a chat template go
+    through `control`. Neither adds a begin or end token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["added_tokens"], content["truncation"], content["padding"] = [], None, None
+        content["post_processor"] = None
+        self._plain = Tokenizer.from_str(json.dumps(content))
+        self.control_ids = frozenset(tokenizer.get_added_vocab().values())
+        first = tokenizer("a")["input_ids"]
+        self.document_start: list[int] = [tokenizer.bos_token_id] if first[:1] == [tokenizer.bos_token_id] else []
+        """The begin token, for tokenizers that put one before a document; at most one."""
+
+    def text(self, text: str) -> list[int]:
+        """Ids of words that are only text."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def texts(self, texts: list[str]) -> list[list[int]]:
+        """`text` of many, in parallel."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def control(self, text: str) -> list[int]:
+        """Ids of a piece of a chat template."""
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of generated ids, control tokens left out."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -1,0 +1,161 @@
+"""Where a run's numbers go: the console, `metrics.jsonl`, and trackers."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from modern_llm.checkpoint import write_text
+from modern_llm.config import UserError
+from modern_llm.distributed import is_main
+
+
+class Averages:
+    """Sums and counts since the last reading; the mean is over units (tokens, pairs), never a mean of means."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add a sum over `count` units."""
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def means(self) -> dict[str, float]:
+        """The mean of every name with at least one unit."""
+        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+
+    def clear(self) -> None:
+        self.sums, self.counts = {}, {}
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to print the same next line."""
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def log_line(step: int, values: dict[str, float]) -> str:
+    """`step=100 loss=0.4523 accuracy=72.50% lr=5.000e-06`, then whatever else there is."""
+    parts = [f"step={step}"]
+    for name, value in values.items():
+        if name.endswith(("accuracy", "accuracies")):
+            parts.append(f"{name}={value:.2%}")
+        elif name == "lr":
+            parts.append(f"{name}={value:.3e}")
+        else:
+            parts.append(f"{name}={value:.4f}" if abs(value) < 1000 else f"{name}={value:.0f}")
+    return " ".join(parts)
+
+
+class RunLog:
+    """Prints, draws the progress bar on a terminal, appends to `metrics.jsonl` and feeds trackers; rank 0 only."""
+
+    def __init__(
+        self, output_dir: Path, run_name: str, total_steps: int, start_step: int, report_to: tuple[str, ...]
+    ) -> None:
+        self.run_name = run_name
+        self.active = is_main()
+        self.path = output_dir / "metrics.jsonl"
+        self.trackers: list[Any] = []
+        if not self.active:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._forget_after(start_step)
+        self.trackers = [_TRACKERS[name](output_dir, run_name) for name in report_to]
+        self.bar = tqdm(
+            total=total_steps, initial=start_step, desc=run_name, unit="step", disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.active:
+            self.bar.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _forget_after(self, step: int) -> None:
+        """Drop this run's lines after the step it resumes from: they are about to be written again."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if not self._is_later(line, step)]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def _is_later(self, line: str, step: int) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last line of a killed run may be cut
+            return True
+        return entry["run"] == self.run_name and entry["step"] > step
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        if self.active:
+            self.bar.update()
+
+    def message(self, text: str) -> None:
+        """A line for the user."""
+        if self.active:
+            tqdm.write(f"{self.run_name}: {text}")
+            sys.stdout.flush()
+
+    def log(self, step: int, values: dict[str, float], shown: tuple[str, ...] | None = None) -> None:
+        """Record values of a step; `shown` are the names that the console prints (None: all)."""
+        if not self.active:
+            return
+        tqdm.write(log_line(step, values if shown is None else {n: values[n] for n in shown if n in values}))
+        sys.stdout.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"run": self.run_name, "step": step, **values, "time": time.time()}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(step, values)
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Append an entry that is no metric, such as the rows of a batch that was skipped."""
+        if self.active:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"run": self.run_name, **entry}) + "\n")
+
+
+class _TensorBoard:
+    def __init__(self, output_dir: Path, run_name: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("report_to: tensorboard is not installed: pip install 'modern-llm[trackers]'") from None
+        self.writer = SummaryWriter(str(output_dir / "tensorboard" / run_name))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandB:
+    """Weights & Biases; `WANDB_MODE=offline` writes the run to disk with no network."""
+
+    def __init__(self, output_dir: Path, run_name: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("report_to: wandb is not installed: pip install 'modern-llm[trackers]'") from None
+        self.run = wandb.init(project="modern_llm", name=run_name, dir=str(output_dir), reinit="create_new")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+_TRACKERS = {"tensorboard": _TensorBoard, "wandb": _WandB}
