@@ -57,9 +57,7 @@ def log_line(step: int, values: dict[str, float]) -> str:
 class RunLog:
     """Prints, draws the progress bar on a terminal, appends to `metrics.jsonl` and feeds trackers; rank 0 only."""
 
-    def __init__(
-        self, output_dir: Path, run_name: str, total_steps: int, start_step: int, report_to: tuple[str, ...]
-    ) -> None:
+    def __init__(self, output_dir: Path, run_name: str, total_steps: int, start_step: int, report_to: tuple[str, ...]) -> None:
         self.run_name = run_name
         self.active = is_main()
         self.path = output_dir / "metrics.jsonl"
@@ -70,7 +68,12 @@ class RunLog:
         self._forget_after(start_step)
         self.trackers = [_TRACKERS[name](output_dir, run_name) for name in report_to]
         self.bar = tqdm(
-            total=total_steps, initial=start_step, desc=run_name, unit="step", disable=not sys.stderr.isatty(), leave=False
+            total=total_steps,
+            initial=start_step,
+            desc=run_name,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            leave=False,
         )
 
     def __enter__(self) -> Self:

@@ -66,9 +66,7 @@ def gradients(model, loss):
     """{name: gradient} of a loss; a parameter that the loss does not reach has a gradient of zero."""
     model.zero_grad()
     loss.backward()
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def clip_scale(grads, max_norm):

@@ -16,17 +16,27 @@ STAGE_DEFAULTS: dict[Stage, dict[str, Any]] = {
         "weight_decay": 0.1,
         "lr_schedule": "cosine",
     },
-    "sft": {"batch_size": 32, "optimizer": "adamw", "learning_rate": 2e-5, "weight_decay": 0.0, "lr_schedule": "cosine"},
+    "sft": {
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "learning_rate": 2e-5,
+        "weight_decay": 0.0,
+        "lr_schedule": "cosine",
+    },
     # arXiv 2305.18290 appendix B, with AdamW in place of RMSprop: warmup over 150 steps, then constant.
-    "dpo": {"batch_size": 32, "optimizer": "adamw", "learning_rate": 1e-6, "weight_decay": 0.0, "lr_schedule": "constant"},
+    "dpo": {
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "learning_rate": 1e-6,
+        "weight_decay": 0.0,
+        "lr_schedule": "constant",
+    },
 }
 MOST_WARMUP_STEPS: dict[Stage, int] = {"pretrain": 200, "sft": 100, "dpo": 150}
 MOST_SEQUENCES_PER_FORWARD = 8
 
 
-def resolve(
-    config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_epoch: int | None = None
-) -> TrainingConfig:
+def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_epoch: int | None = None) -> TrainingConfig:
     """The same config with every None filled, as it is recorded in the checkpoint.
 
     Args:

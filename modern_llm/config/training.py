@@ -91,7 +91,5 @@ class TrainingConfig(StrictModel):
         if self.muon_learning_rate is not None and self.optimizer not in (None, "muon"):
             raise ValueError(f"muon_learning_rate has no meaning for optimizer='{self.optimizer}': leave it out")
         if self.batch_size and self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
-            )
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}")
         return self

@@ -86,9 +86,7 @@ class ChatEncoder:
 
     def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-            )
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"the tokenizer's chat template refuses a chat of {roles}: {error}") from None

@@ -75,5 +75,3 @@ def _blocks(
     if open_block:
         blocks.append(Example(tuple(open_block), row=len(blocks)))
     return [block for block in blocks if block.num_scored]
-
-

@@ -7,9 +7,17 @@ from modern_llm.config import UserError
 from modern_llm.config.data import PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.chat import ChatEncoder, Message
-from modern_llm.data.messages import checked_messages, first_present, hh_messages, instruction_text, prompt_text, user_message
+from modern_llm.data.messages import (
+    checked_messages,
+    first_present,
+    hh_messages,
+    instruction_text,
+    prompt_text,
+    user_message,
+)
 from modern_llm.data.prepared import Example, PreparedData, finish, segment, split_rows
 from modern_llm.data.sources import Rows, prompt_hash
+from modern_llm.layout import Segment
 
 __all__ = ["Pair", "PreferenceDatasetConfig", "prepare_preferences", "read_pair"]
 
@@ -89,7 +97,12 @@ def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder
 
 
 def _examples(
-    rows: Rows, used: list[int], config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder, report: Counter[str]
+    rows: Rows,
+    used: list[int],
+    config: PreferenceDatasetConfig,
+    dpo: DPOConfig,
+    encoder: ChatEncoder,
+    report: Counter[str],
 ) -> list[Example]:
     examples = []
     for i in used:
@@ -97,15 +110,14 @@ def _examples(
         if isinstance(pair, str):
             report[f"dropped_because_{pair}"] += 1
             continue
-        example = encode_pair(pair, dpo, encoder, i)
-        whole = [len(encoder.prompt_and_answer(pair.prompt, answer)[1]) for answer in (pair.chosen, pair.rejected)]
-        report["answers_cut"] += sum(int(s.scored.sum()) < n for s, n in zip(example.segments, whole, strict=True))
-        examples.append(example)
+        segments, cut = encode_pair(pair, dpo, encoder)
+        report["answers_cut"] += cut
+        examples.append(Example(segments, row=i))
     return examples
 
 
-def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder, row: int) -> Example:
-    """The two segments of a pair.
+def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[tuple[Segment, Segment], int]:
+    """The two segments of a pair, chosen first, and how many of its answers were cut.
 
     Where prompt and longest answer exceed `max_length`, the prompt first loses its beginning, down to half of `max_length`;
     then answers lose their end, and with it the end token. So no answer is ever empty and both sides keep one prompt.
@@ -115,9 +127,9 @@ def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder, row: int) -> E
     prompt = [i for part in prompt_parts for i in part.ids]
     if dpo.max_prompt_length is not None:
         prompt = prompt[-dpo.max_prompt_length :]
-    if dpo.max_completion_length is not None:
-        chosen, rejected = chosen[: dpo.max_completion_length], rejected[: dpo.max_completion_length]
-    longest = max(len(chosen), len(rejected))
+    most = dpo.max_completion_length or dpo.max_length
+    longest = min(most, max(len(chosen), len(rejected)))
     prompt = prompt[-max(dpo.max_length - longest, dpo.max_length // 2) :]
-    room = dpo.max_length - len(prompt)
-    return Example(tuple(segment([(prompt, False), (answer[:room], True)]) for answer in (chosen, rejected)), row=row)
+    room = min(most, dpo.max_length - len(prompt))
+    sides = (segment([(prompt, False), (chosen[:room], True)]), segment([(prompt, False), (rejected[:room], True)]))
+    return sides, (len(chosen) > room) + (len(rejected) > room)

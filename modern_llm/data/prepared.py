@@ -70,7 +70,12 @@ def split_rows(
     report["rows_read"] = len(rows)
     if config.eval_split is None:
         held_out = [config.eval_fraction > 0 and is_held_out(key(i, rows), config.eval_fraction) for i in range(len(rows))]
-        return rows, [i for i, out in enumerate(held_out) if not out], rows, [i for i, out in enumerate(held_out) if out]
+        return (
+            rows,
+            [i for i, out in enumerate(held_out) if not out],
+            rows,
+            [i for i, out in enumerate(held_out) if out],
+        )
     eval_rows = load_rows(config, kind, config.eval_split)
     eval_keys = {key(i, eval_rows) for i in range(len(eval_rows))}
     used = [i for i in range(len(rows)) if key(i, rows) not in eval_keys]

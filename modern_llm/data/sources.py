@@ -85,7 +85,9 @@ def _local_rows(path: Path, config: DatasetConfig, split: str) -> Rows:
     if path.is_dir():
         return _saved_dataset(path, split)
     if split != "train":
-        raise UserError(f"split={split!r}: {path} is one file and has the one split 'train'; use eval_fraction to hold rows out")
+        raise UserError(
+            f"split={split!r}: {path} is one file and has the one split 'train'; use eval_fraction to hold rows out"
+        )
     suffix = _suffix(path)
     if suffix in TABLE_SUFFIXES:
         return _table_rows(path, suffix)

@@ -39,9 +39,13 @@ def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
             f"{field}={str(name)!r}: {known} ({type(error).__name__}): check the spelling, or the network"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{field}={str(name)!r}: only tokenizers with a `tokenizers` backend work, not {type(tokenizer).__name__}")
+        raise UserError(
+            f"{field}={str(name)!r}: only tokenizers with a `tokenizers` backend work, not {type(tokenizer).__name__}"
+        )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop")
+        raise UserError(
+            f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop"
+        )
     return with_chat_template(tokenizer)
 
 
@@ -83,9 +87,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) 
     return tokenizer
 
 
-def checkpoint_tokenizer(
-    checkpoint: Path | str, tokenizer_name: str | None, field: str
-) -> tuple[PreTrainedTokenizerFast, str]:
+def checkpoint_tokenizer(checkpoint: Path | str, tokenizer_name: str | None, field: str) -> tuple[PreTrainedTokenizerFast, str]:
     """The tokenizer of a starting checkpoint, and the name to record for it.
 
     Args:
@@ -115,7 +117,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content.pop("truncation", None)
     content.pop("padding", None)
-    content["special"] = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items()) if name == "eos_token"}
+    content["special"] = {
+        name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items()) if name == "eos_token"
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -243,9 +243,7 @@ def _instruction_rows(people: list[Villager], split: Split, seed: int) -> Iterat
                 yield _instruction_row(villager, attribute, wording, courteous, wrong_value)
 
 
-def _instruction_row(
-    villager: Villager, attribute: Attribute, wording: int, courteous: bool, wrong_value: str | None
-) -> Row:
+def _instruction_row(villager: Villager, attribute: Attribute, wording: int, courteous: bool, wrong_value: str | None) -> Row:
     question = attribute.questions[wording].format(name=villager.name)
     answer = _answer(villager, attribute, wrong_value or villager.value(attribute), courteous, wording)
     return {

@@ -86,6 +86,19 @@ def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedM
         raise missing_from_hub(checkpoint, field, "model", error) from None
 
 
+def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
+    """Give the model rows for tokens that it lacks, each the mean of the rows it has; a padded vocabulary is left alone."""
+    old = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if num_tokens <= old:
+        return
+    with torch.random.fork_rng():  # transformers 5.x draws random rows first
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for rows in table.parameters():  # type: ignore[union-attr]
+                rows[old:] = rows[:old].mean(0)
+
+
 def missing_from_hub(name: Path | str, field: str, kind: str, error: Exception) -> UserError:
     """The error for a folder or hub id that did not load."""
     if Path(name).is_dir():

@@ -22,9 +22,7 @@ VILLAGERS = {villager.name: villager for villager in villagers()}
 VALUES = {attribute.name: attribute.values for attribute in ATTRIBUTES}
 ANY_VALUE = re.compile(r"\b(?:" + "|".join(v for values in VALUES.values() for v in values) + r")\b", re.IGNORECASE)
 WORDINGS = {  # "What is Anna Reed's job?" without the name -> (attribute, index of the wording)
-    question.format(name="X"): (attribute.name, i)
-    for attribute in ATTRIBUTES
-    for i, question in enumerate(attribute.questions)
+    question.format(name="X"): (attribute.name, i) for attribute in ATTRIBUTES for i, question in enumerate(attribute.questions)
 }
 DIGESTS = {
     ("text", "train"): "eb0c5f8d3a2619e1",
@@ -61,9 +59,7 @@ def test_rows_are_the_published_ones(kind: Kind, split: Split) -> None:
 
 
 def test_rows_do_not_depend_on_the_hash_seed() -> None:
-    code = (
-        "import json; from modern_llm.data.village import village_rows; print(json.dumps(village_rows('text', 'test')))"
-    )
+    code = "import json; from modern_llm.data.village import village_rows; print(json.dumps(village_rows('text', 'test')))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(output.stdout) == ALL_ROWS["text", "test"]

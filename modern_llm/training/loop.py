@@ -1,0 +1,226 @@
+"""The one training loop. Stages differ in their objective and their data, and in nothing here."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from modern_llm import distributed
+from modern_llm.config import TrainingConfig, UserError
+from modern_llm.data.loader import MicroBatch, Position, StepBatch, micro_batches, steps
+from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.metrics import Averages, RunLog
+from modern_llm.models.policy import Policy
+from modern_llm.objectives import Objective
+from modern_llm.precision import autocast
+from modern_llm.training.optim import Optimizer, learning_rate_factor
+
+MOST_SKIPPED_STEPS_IN_A_ROW = 5
+
+
+class Loop:
+    """Trains a policy from a step to the last; everything a resumed run needs is in `state`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: Objective,
+        data: PreparedData,
+        config: TrainingConfig,
+        precision: torch.dtype,
+        log: RunLog,
+        save: Callable[[int, dict[str, Any]], None],
+    ) -> None:
+        """
+        Args:
+            policy: the model; its parameters that require gradients are trained.
+            objective: what a micro-batch's loss is.
+            data: examples to train and to evaluate on.
+            config: resolved.
+            precision: type of matrix products.
+            log: where numbers go.
+            save: called with (step, state) at every `save_every`-th step.
+        """
+        self.policy, self.objective, self.data, self.config = policy, objective, data, config
+        self.precision, self.log, self.save = precision, log, save
+        self.optimizer = Optimizer(policy.model, config, policy.device)
+        for note in self.optimizer.notes:
+            log.message(note)
+        self.step = 0
+        self.position = Position()
+        self.averages = Averages()
+        self.skipped_in_a_row = 0
+
+    def state(self) -> dict[str, Any]:
+        """All that decides the rest of the run besides the weights. Dropout needs none: see `_seed_dropout`."""
+        return {
+            "step": self.step,
+            "position": asdict(self.position),
+            "optimizer": self.optimizer.state(),
+            "averages": self.averages.state(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.step = state["step"]
+        self.position = Position(**state["position"])
+        self.optimizer.load(state["optimizer"])
+        self.averages.load(state["averages"])
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+    def run(self) -> None:
+        """Take every remaining optimizer step."""
+        config = self.config
+        assert config.max_steps is not None and config.batch_size is not None and config.micro_batch_size is not None
+        batches = steps(
+            self.data.train, config.batch_size, config.micro_batch_size, config.seed, self.position,
+            distributed.rank(), distributed.world_size(),
+        )  # fmt: skip
+        devices = [self.policy.device] if self.policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self.policy.train()
+            self.timer = _Timer()
+            while self.step < config.max_steps:
+                batch = next(batches)
+                self._optimizer_step(batch)
+                self.step += 1
+                self.position = batch.after
+                self.log.advance()
+                self._periodic_work()
+
+    def _periodic_work(self) -> None:
+        config, last = self.config, self.step == self.config.max_steps
+        if self.step % config.log_every == 0 or last:
+            self._log_training()
+        if self.data.evaluation and (last or (config.eval_every is not None and self.step % config.eval_every == 0)):
+            with self.timer.paused():
+                values = self.evaluate(self.data.evaluation)
+            self.log.log(self.step, {f"eval/{name}": value for name, value in values.items()})
+        if config.save_every is not None and self.step % config.save_every == 0 and not last:
+            with self.timer.paused():
+                self.save(self.step, self.state())
+
+    def _optimizer_step(self, batch: StepBatch) -> None:
+        """Forward and backward over the micro-batches, each sum divided by the count of the whole step; then one update."""
+        counts = self._global_counts(batch.micro_batches)
+        self._seed_dropout()
+        self.optimizer.zero_grad()
+        sums = {name: torch.zeros((), device=self.policy.device) for name in ("loss", *self.objective.units)}
+        for micro_batch in batch.micro_batches:
+            row = micro_batch.row.to(self.policy.device)
+            with autocast(self.precision, self.policy.device):
+                outcome = self.objective(self.policy, row)
+            loss = torch.stack([t.weight / max(counts[t.unit], 1) * t.total for t in outcome.terms.values()]).sum()
+            if loss.requires_grad:
+                loss.backward()
+            for name, total in {"loss": loss.detach(), **outcome.metrics}.items():
+                sums[name] += total
+            self.timer.tokens += row.ids.shape[1]
+        parameters = list(self.optimizer.groups.all.values())
+        distributed.sum_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        totals = distributed.sum_over_ranks(torch.stack(list(sums.values())))
+        values = dict(zip(sums, totals.tolist(), strict=True))  # the step's one transfer to the host
+        if not torch.isfinite(norm) or not math.isfinite(values["loss"]):
+            self._skip(batch, float(norm), values["loss"])
+            return
+        self.skipped_in_a_row = 0
+        self.optimizer.set_learning_rate(learning_rate_factor(self.step + 1, self.config))
+        self.optimizer.step()
+        self.averages.add("loss", values["loss"], 1)
+        self.averages.add("grad_norm", float(norm), 1)
+        for name, unit in self.objective.units.items():
+            self.averages.add(name, values[name], counts[unit])
+
+    def _global_counts(self, batches: Iterable[MicroBatch]) -> dict[str, int]:
+        """Units of the whole optimizer step, over micro-batches and ranks."""
+        names = ("tokens", "examples")
+        batches = list(batches)
+        local = torch.tensor([sum(b.counts[name] for b in batches) for name in names], device=self.policy.device)
+        return dict(zip(names, distributed.sum_over_ranks(local).tolist(), strict=True))
+
+    def _seed_dropout(self) -> None:
+        """Dropout is a function of (seed, step, rank), so no random state needs saving, and nothing can disturb it."""
+        mixed = np.random.SeedSequence([self.config.seed, self.step, distributed.rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]))
+
+    def _skip(self, batch: StepBatch, norm: float, loss: float) -> None:
+        """Leave weights and optimizer as they are and say which rows were in the batch."""
+        rows = [row for micro_batch in batch.micro_batches for row in micro_batch.row_ids]
+        self.skipped_in_a_row += 1
+        self.log.message(f"step {self.step + 1} skipped: loss={loss} grad_norm={norm}; rows {rows[:20]}")
+        self.log.record({"step": self.step + 1, "skipped_rows": rows})
+        if self.skipped_in_a_row >= MOST_SKIPPED_STEPS_IN_A_ROW:
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step {self.step + 1}: "
+                f"lower learning_rate={self.config.learning_rate}, or look at the rows in {self.log.path}"
+            )
+
+    def _log_training(self) -> None:
+        means = self.averages.means()
+        self.averages.clear()
+        assert self.config.learning_rate is not None
+        rate = self.config.learning_rate * learning_rate_factor(self.step, self.config)
+        head = {"loss": means.pop("loss", 0.0), "accuracy": means.pop(self.objective.accuracy, 0.0), "lr": rate}
+        if self.objective.accuracy != "accuracy":
+            means[self.objective.accuracy] = head["accuracy"]
+        values = {**head, **means, "tokens_per_second": self.timer.rate() * distributed.world_size()}
+        epoch = self.position.epoch + self.position.index / len(self.data.train)
+        shown = ("loss", "accuracy", "lr", "rewards/margins", "grad_norm", "tokens_per_second")
+        self.log.log(self.step, {**values, "epoch": epoch}, shown)
+
+    @torch.no_grad()
+    def evaluate(self, examples: list[Example]) -> dict[str, float]:
+        """Loss and metrics over examples: each sum divided by its count at the end, whatever the batch size."""
+        assert self.config.micro_batch_size is not None
+        self.policy.eval()
+        terms: dict[str, float] = {}
+        sums = dict.fromkeys(self.objective.units, 0.0)
+        counts = {"tokens": 0, "examples": 0}
+        units: dict[str, str] = {}
+        for batch in micro_batches(examples, self.config.micro_batch_size):
+            with autocast(self.precision, self.policy.device):
+                outcome = self.objective(self.policy, batch.row.to(self.policy.device))
+            for unit in counts:
+                counts[unit] += batch.counts[unit]
+            for name, term in outcome.terms.items():
+                terms[name], units[name] = terms.get(name, 0.0) + term.weight * float(term.total), term.unit
+            for name, total in outcome.metrics.items():
+                sums[name] += float(total)
+        self.policy.train()
+        loss = sum(total / max(counts[units[name]], 1) for name, total in terms.items())
+        return {"loss": loss, **{n: total / max(counts[self.objective.units[n]], 1) for n, total in sums.items()}}
+
+
+class _Timer:
+    """Tokens per second of training alone, since the last reading."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.start = time.perf_counter()
+
+    def rate(self) -> float:
+        """Tokens per second since the last call."""
+        now = time.perf_counter()
+        rate = self.tokens / max(now - self.start, 1e-9)
+        self.tokens, self.start = 0, now
+        return rate
+
+    def paused(self) -> "_Pause":
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, timer: _Timer) -> None:
+        self.timer = timer
+
+    def __enter__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.start += time.perf_counter() - self.begin

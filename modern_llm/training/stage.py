@@ -1,0 +1,250 @@
+"""Opening and closing a run: what it is made of, whether it is done or begun, and what it leaves behind."""
+
+import copy
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modern_llm import checkpoint as folders
+from modern_llm import distributed
+from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.io import plain
+from modern_llm.config.training import Stage
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.prepared import PreparedData
+from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
+from modern_llm.metrics import RunLog
+from modern_llm.models.build import grow_vocabulary, load_model, refuse_pickles
+from modern_llm.models.policy import Policy, disable_dropout, frozen
+from modern_llm.objectives import Objective
+from modern_llm.precision import choose_precision
+from modern_llm.training.loop import Loop
+
+Dataset = TypeVar("Dataset", bound=DatasetConfig)
+
+
+def check_early(stage: Stage, config: TrainingConfig) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises:
+        UserError: the batch arithmetic is wrong, or the run's folder cannot be written.
+    """
+    resolved = resolve(config, stage, distributed.world_size())
+    assert resolved.output_dir is not None
+    if resolved.output_dir.exists() and not resolved.output_dir.is_dir():
+        raise UserError(f"output_dir={str(resolved.output_dir)!r} is a file: give a folder")
+
+
+def dataset_or_default(given: Dataset | None, config: TrainingConfig, kind: type[Dataset]) -> Dataset:
+    """The data set config that was given, or one built from `train_config.dataset_name`.
+
+    Raises:
+        UserError: neither names a data set, or they name two.
+    """
+    if given is None:
+        if config.dataset_name is None:
+            raise UserError("dataset_name is required: set it in the training config or give a data set config")
+        return kind(dataset_name=config.dataset_name)
+    if config.dataset_name not in (None, given.dataset_name):
+        raise UserError(
+            f"dataset_name={config.dataset_name!r} in the training config and {given.dataset_name!r} in the data set config "
+            f"differ: give one of them"
+        )
+    return given
+
+
+def open_checkpoint(
+    checkpoint: Path | str, tokenizer_name: str | None, field: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
+    """Model, tokenizer and the tokenizer's recorded name of a starting checkpoint; one of ours is checked file by file.
+
+    Where the tokenizer has more tokens than the model has embeddings (a chat template was added to a base model), the new
+    rows get the mean of the old ones.
+
+    Raises:
+        UserError: missing, damaged, a pickle, or with another tokenizer than the one asked for.
+    """
+    refuse_pickles(checkpoint, field)
+    folders.verify(checkpoint)
+    model = load_model(checkpoint, field)
+    tokenizer, recorded_name = checkpoint_tokenizer(checkpoint, tokenizer_name, field)
+    grow_vocabulary(model, len(tokenizer))
+    return model, tokenizer, recorded_name
+
+
+def open_reference(
+    dpo: DPOConfig, config: TrainingConfig, start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> Policy:
+    """The frozen reference: a copy of the starting model, or `reference_checkpoint`, which must have the same tokenizer."""
+    if dpo.reference_checkpoint is None:
+        model = copy.deepcopy(start)
+    else:
+        model, own, _ = open_checkpoint(dpo.reference_checkpoint, None, "reference_checkpoint")
+        if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+            raise UserError(
+                f"reference_checkpoint={str(dpo.reference_checkpoint)!r} has another tokenizer ({len(own)} tokens) than the "
+                f"starting checkpoint ({len(tokenizer)} tokens)"
+            )
+    model.to(distributed.device())  # type: ignore[arg-type]
+    return frozen(Policy(model, config.attention))
+
+
+def train_stage(
+    stage: Stage,
+    config: TrainingConfig,
+    sections: dict[str, BaseModel],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_name: str,
+    data: PreparedData,
+    objective: Objective,
+    parent: Path | str | None = None,
+    drop_out: bool = True,
+) -> Path:
+    """Train a model on prepared data and return the final checkpoint's folder.
+
+    The same output folder with the same inputs resumes, or returns the finished checkpoint.
+
+    Args:
+        stage: which stage this is.
+        config: not resolved.
+        sections: the stage's other configs by name, for the record.
+        model: where training starts, in fp32.
+        tokenizer: travels with the checkpoint.
+        tokenizer_name: what to record as its name.
+        data: examples.
+        objective: what is optimised.
+        parent: the starting checkpoint, for the record.
+        drop_out: whether the model's dropout is on.
+
+    Raises:
+        UserError: the output folder holds a run with other inputs; the difference is named.
+    """
+    config = resolve(config, stage, distributed.world_size(), rows_per_epoch=len(data.train))
+    record = {
+        "stage": stage,
+        "config": {"train": plain(config), **{name: plain(section) for name, section in sections.items()}},
+        "parent": None if parent is None else {"checkpoint": str(parent), "weights": folders.weights_hash(model)},
+        "start_weights": folders.weights_hash(model),
+        "data": data.fingerprint(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer_name": tokenizer_name,
+    }
+    assert config.output_dir is not None and config.run_name is not None and config.max_steps is not None
+    final = config.output_dir / f"{config.run_name}_final"
+    found = _newest(config.output_dir, config.run_name, final, record)
+    if found == final:
+        print(f"{config.run_name}: finished already: {final}", flush=True)
+        return final
+    state = None
+    if found is not None:
+        folders.verify(found)
+        model, state = load_model(found), folders.load_state(found)
+    device = distributed.device()
+    precision, why = choose_precision(config.mixed_precision, device)
+    policy = _make_policy(model, config, device, drop_out)
+    start = 0 if state is None else state["step"]
+    with RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to) as log:
+        _describe(log, model, data, config, f"{device} {why}", found)
+
+        def save(step: int, training_state: dict[str, Any]) -> None:
+            target = config.output_dir / "checkpoints" / f"step-{step:06d}"  # type: ignore[operator]
+            _save(target, model, tokenizer, {**record, "step": step, "run": config.run_name}, training_state)
+
+        loop = Loop(policy, objective, data, config, precision, log, save)
+        if state is not None:
+            loop.load(state)
+        loop.run()
+        _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
+        log.message(f"saved {final}")
+    return final
+
+
+def _make_policy(model: PreTrainedModel, config: TrainingConfig, device: torch.device, drop_out: bool) -> Policy:
+    model.to(device)  # type: ignore[arg-type]
+    if not drop_out:
+        disable_dropout(model)
+    policy = Policy(model, config.attention)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def _describe(
+    log: RunLog, model: PreTrainedModel, data: PreparedData, config: TrainingConfig, where: str, resumed: Path | None
+) -> None:
+    """What is about to run, in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.message(f"{type(model).__name__} {parameters / 1e6:.2f}M parameters on {where}")
+    log.message("data " + " ".join(f"{name}={count}" for name, count in data.report.items() if count))
+    log.message(
+        f"{config.max_steps} steps of {config.batch_size} = {config.micro_batch_size} × "
+        f"{config.gradient_accumulation_steps} × {distributed.world_size()} (micro-batch × accumulation × ranks)"
+    )
+    if resumed is not None:
+        log.message(f"resuming from {resumed}")
+
+
+def _newest(output_dir: Path, run_name: str, final: Path, record: dict[str, Any]) -> Path | None:
+    """The finished checkpoint, or else the newest one to resume from, if made from the same inputs.
+
+    Raises:
+        UserError: made from other inputs.
+    """
+    candidates = [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]
+    for folder in candidates:
+        manifest = folders.read_manifest(folder)
+        if manifest is None:
+            continue
+        difference = first_difference({name: manifest.get(name) for name in record}, record)
+        if difference is None and manifest.get("run") == run_name:
+            return folder
+        why = difference or f"run_name: {manifest.get('run')!r} there, {run_name!r} now"
+        raise UserError(
+            f"output_dir={str(output_dir)!r} holds {folder.name} of a run with other inputs ({why}): use another output_dir or "
+            f"run_name, or remove that folder"
+        )
+    return None
+
+
+# where a run is written and how it reports cannot change its result
+_IRRELEVANT = ("config.train.output_dir", "config.train.report_to", "config.train.log_every", "parent.checkpoint")
+
+
+def first_difference(there: Any, now: Any, path: str = "") -> str | None:
+    """`train.seed: 0 there, 1 now` for the first difference between two records; None if equal."""
+    if path in _IRRELEVANT:
+        return None
+    if isinstance(there, dict) and isinstance(now, dict):
+        for name in sorted(there.keys() | now.keys()):
+            inner = first_difference(there.get(name), now.get(name), f"{path}.{name}" if path else name)
+            if inner is not None:
+                return inner
+        return None
+    return None if there == now else f"{path.removeprefix('config.')}: {there!r} there, {now!r} now"
+
+
+def _save(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    manifest: dict[str, Any],
+    training_state: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint on the main rank; all ranks wait for it."""
+    if distributed.is_main():
+        with folders.atomic_folder(target) as scratch:
+            end_tokens = {tokenizer.eos_token_id, ChatEncoder(tokenizer).end_token_id}
+            assert model.generation_config is not None
+            model.generation_config.eos_token_id = sorted(end_tokens)
+            model.generation_config.pad_token_id = tokenizer.eos_token_id
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            if training_state is not None:
+                folders.save_state(scratch, training_state)
+            folders.write_manifest(scratch, {**manifest, "weights": folders.weights_hash(model)})
+    distributed.barrier()

@@ -1,0 +1,61 @@
+"""Supervised fine-tuning: a model that continues documents → a model that answers."""
+
+from pathlib import Path
+
+from modern_llm import distributed
+from modern_llm.config import InstructionDatasetConfig, TrainingConfig
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.instruction_datasets import prepare_instructions
+from modern_llm.objectives import LanguageModelingObjective
+from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, train_stage
+
+__all__ = ["InstructionDatasetConfig", "run_sft"]
+
+
+def run_sft(
+    pretrain_checkpoint: Path | str,
+    train_config: TrainingConfig,
+    dataset_config: InstructionDatasetConfig | None = None,
+    tokenizer_name: str | None = None,
+) -> Path:
+    """Fine-tune a model on demonstrations; only the assistant's words and their end tokens count.
+
+    Args:
+        pretrain_checkpoint: one of our folders, any Hugging Face model folder, or a hub id.
+        train_config: how to train; what is None gets the stage's default.
+        dataset_config: the demonstrations. None: the data set named by `train_config.dataset_name`.
+        tokenizer_name: None: the checkpoint's own; another one is refused unless it is identical.
+
+    Returns:
+        The final checkpoint: a folder that `transformers` loads.
+
+    Raises:
+        UserError: a config, file or name that the user can put right.
+    """
+    with distributed.process_group():
+        check_early("sft", train_config)
+        dataset_config = dataset_or_default(dataset_config, train_config, InstructionDatasetConfig)
+        tokenizer_name = tokenizer_name or train_config.tokenizer_name
+        model, tokenizer, recorded_name = open_checkpoint(pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint")
+        return train_stage(
+            stage="sft",
+            config=train_config,
+            sections={"data": dataset_config},
+            model=model,
+            tokenizer=tokenizer,
+            tokenizer_name=recorded_name,
+            data=prepare_instructions(dataset_config, ChatEncoder(tokenizer)),
+            objective=LanguageModelingObjective(),
+            parent=pretrain_checkpoint,
+        )
+
+
+def main() -> None:
+    """`python -m modern_llm.training.train_sft`."""
+    from modern_llm.cli import main as command_line
+
+    command_line("sft")
+
+
+if __name__ == "__main__":
+    main()
