@@ -66,7 +66,8 @@ def pack(segments: Sequence[Segment]) -> PackedRow:
         segments: at least one, none of them empty.
     """
     lengths = np.array([len(segment) for segment in segments], dtype=np.int64)
-    assert len(lengths) > 0 and lengths.min() > 0, "a packed row holds at least one segment, each of at least one token"
+    assert len(lengths) > 0, "a packed row holds at least one segment"
+    assert lengths.min() > 0, "a segment holds at least one token"
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     owner = np.repeat(np.arange(len(segments)), lengths)
     positions = np.arange(lengths.sum()) - starts[owner]

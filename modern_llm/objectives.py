@@ -39,9 +39,9 @@ class Outcome:
 class Objective(Protocol):
     """A stage's meaning."""
 
-    accuracy: str
+    accuracy: ClassVar[str]
     """Name of the metric that the log line shows as `accuracy`."""
-    units: dict[str, Unit]
+    units: ClassVar[dict[str, Unit]]
     """Every metric, and what it is a sum over. Known before any batch: a rank may have none in the last step of an epoch."""
 
     def __call__(self, policy: Policy, row: PackedRow) -> Outcome:
@@ -52,7 +52,7 @@ class Objective(Protocol):
 class LanguageModelingObjective:
     """Next-token prediction over the tokens that count: every token in pretraining, the assistant's in SFT."""
 
-    accuracy = "accuracy"
+    accuracy: ClassVar[str] = "accuracy"
     units: ClassVar[dict[str, Unit]] = {"accuracy": "tokens"}
 
     def __call__(self, policy: Policy, row: PackedRow) -> Outcome:
@@ -70,7 +70,7 @@ class PreferenceObjective:
     runs on the same row by the same code in the same precision, so before the first update both agree to the last bit.
     """
 
-    accuracy = "rewards/accuracies"
+    accuracy: ClassVar[str] = "rewards/accuracies"
     units: ClassVar[dict[str, Unit]] = {
         "rewards/chosen": "examples",
         "rewards/rejected": "examples",

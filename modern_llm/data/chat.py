@@ -111,7 +111,7 @@ class ChatEncoder:
             if token in self.encoder.control_ids:
                 end_text = str(self.tokenizer.convert_ids_to_tokens(token))
                 return ids[: i + 1], piece[piece.index(end_text) + len(end_text) :]
-        return ([self.tokenizer.eos_token_id] if is_last else []), piece
+        return ([self.encoder.document_end] if is_last else []), piece
 
     @property
     def end_token_id(self) -> int:

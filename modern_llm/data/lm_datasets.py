@@ -54,7 +54,6 @@ def _blocks(
     max_length: int,
     report: Counter[str],
 ) -> list[Example]:
-    end = encoder.tokenizer.eos_token_id
     blocks: list[Example] = []
     open_block: list[Segment] = []
     room = max_length
@@ -64,7 +63,7 @@ def _blocks(
             if not ids:
                 report["dropped_because_empty"] += 1
                 continue
-            document = np.array([*encoder.document_start, *ids, end], dtype=np.int32)
+            document = np.array([*encoder.document_start, *ids, encoder.document_end], dtype=np.int32)
             while len(document):
                 piece, document = document[:room], document[room:]
                 open_block.append(Segment(piece, np.ones(len(piece), dtype=bool)))

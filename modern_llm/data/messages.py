@@ -27,12 +27,12 @@ def checked_messages(rows: Rows, i: int, field: str) -> list[Message]:
     value = rows.rows[i].get(field)
     messages = []
     for number, message in enumerate(value if isinstance(value, list) else [value]):
-        good = isinstance(message, Mapping) and isinstance(message.get("content"), str) and message.get("role") in ROLES
-        if not good:
+        fields = message if isinstance(message, Mapping) else {}
+        if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str):
             raise UserError(
                 f"{rows.place(i)}: '{field}' message {number} must have a 'role' out of {', '.join(ROLES)} and a text 'content'"
             )
-        messages.append({"role": message["role"], "content": message["content"]})
+        messages.append({"role": fields["role"], "content": fields["content"]})
     return messages
 
 

@@ -137,8 +137,12 @@ class TextEncoder:
         content["post_processor"] = None
         self._plain = Tokenizer.from_str(json.dumps(content))
         self.control_ids = frozenset(tokenizer.get_added_vocab().values())
-        first = tokenizer("a")["input_ids"]
-        self.document_start: list[int] = [tokenizer.bos_token_id] if first[:1] == [tokenizer.bos_token_id] else []
+        begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
+        self.document_end = end
+        """The token that ends a document."""
+        begins = isinstance(begin, int) and tokenizer("a")["input_ids"][:1] == [begin]
+        self.document_start: list[int] = [begin] if begins else []  # type: ignore[list-item]
         """The begin token, for tokenizers that put one before a document; at most one."""
 
     def text(self, text: str) -> list[int]:

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config import ModelConfig, UserError
+from modern_llm.models.policy import vocabulary_rows
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -88,7 +89,7 @@ def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedM
 
 def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
     """Give the model rows for tokens that it lacks, each the mean of the rows it has; a padded vocabulary is left alone."""
-    old = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    old = vocabulary_rows(model)
     if num_tokens <= old:
         return
     with torch.random.fork_rng():  # transformers 5.x draws random rows first

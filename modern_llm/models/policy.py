@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 from modern_llm.config import UserError
 from modern_llm.layout import PackedRow, Segment, pack
 from modern_llm.losses.token_logprobs import TokenScores, scores_from_logits, token_scores
-from modern_llm.models import attention
+from modern_llm.models.attention import IMPLEMENTATIONS, Kernel
 
 CHECK_LENGTHS = (3, 11, 7)
 CHECK_TOLERANCE = 1e-3
-"""Nats per token between the packed path and the model's own logits. Rounding differs by about 1e-6 in fp32; a head or mask that
-is left out differs by far more."""
+"""Nats per token between the packed path and the model's own logits. Rounding differs by about 1e-6 in fp32; a head or a mask
+that is left out differs by far more."""
 
 
 class Policy(nn.Module):
@@ -22,7 +22,7 @@ class Policy(nn.Module):
     runs in chunks (`losses.token_logprobs`); otherwise the model's own head runs on those positions.
     """
 
-    def __init__(self, model: PreTrainedModel, attention_kernel: str = "auto") -> None:
+    def __init__(self, model: PreTrainedModel, attention: Kernel = "auto") -> None:
         """Wraps the model and checks, on three short sequences, that the packed path equals the model's own logits.
 
         Raises:
@@ -31,7 +31,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.plain_head = True
-        self._check_against_own_logits(attention.EAGER if attention_kernel == "eager" else attention.SDPA)
+        self._check_against_own_logits(IMPLEMENTATIONS[attention])
 
     @property
     def device(self) -> torch.device:
@@ -52,6 +52,7 @@ class Policy(nn.Module):
             return scores_from_logits(logits, row.targets)
         hidden = self.model.base_model(**inputs).last_hidden_state[0]
         head = self.model.get_output_embeddings()
+        assert head is not None, "a causal language model has an output projection"
         return token_scores(hidden[row.predicting], head.weight, getattr(head, "bias", None), row.targets)
 
     @torch.no_grad()
@@ -60,7 +61,7 @@ class Policy(nn.Module):
         name = type(self.model).__name__
         was_training = self.model.training
         self.model.eval()
-        vocab = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        vocab = vocabulary_rows(self.model)
         generator = torch.Generator().manual_seed(0)
         ids = [torch.randint(vocab, (length,), generator=generator) for length in CHECK_LENGTHS]
         own = torch.cat([self._own_logprobs(sequence) for sequence in ids])
@@ -90,6 +91,13 @@ class Policy(nn.Module):
         ids = ids.to(self.device)
         logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
         return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding; may exceed the tokenizer's size."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table.num_embeddings
 
 
 def disable_dropout(model: nn.Module) -> None:

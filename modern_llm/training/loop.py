@@ -76,7 +76,9 @@ class Loop:
     def run(self) -> None:
         """Take every remaining optimizer step."""
         config = self.config
-        assert config.max_steps is not None and config.batch_size is not None and config.micro_batch_size is not None
+        assert config.max_steps is not None
+        assert config.batch_size is not None
+        assert config.micro_batch_size is not None
         batches = steps(
             self.data.train, config.batch_size, config.micro_batch_size, config.seed, self.position,
             distributed.rank(), distributed.world_size(),
@@ -157,7 +159,7 @@ class Loop:
         self.log.record({"step": self.step + 1, "skipped_rows": rows})
         if self.skipped_in_a_row >= MOST_SKIPPED_STEPS_IN_A_ROW:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, up to step {self.step + 1}: "
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step + 1}, had a loss or gradient not finite: "
                 f"lower learning_rate={self.config.learning_rate}, or look at the rows in {self.log.path}"
             )
 

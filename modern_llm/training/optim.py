@@ -17,7 +17,8 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     Linear from 1/warmup_steps at the first step to 1 at step `warmup_steps`, then the schedule, which reaches `min_lr_ratio` at
     step `max_steps`.
     """
-    assert config.max_steps is not None and config.warmup_steps is not None, "the config must be resolved"
+    assert config.max_steps is not None, "the config must be resolved"
+    assert config.warmup_steps is not None, "the config must be resolved"
     if step < config.warmup_steps:
         return step / config.warmup_steps
     if config.lr_schedule == "constant" or config.max_steps == config.warmup_steps:
@@ -131,11 +132,11 @@ def _build(config: TrainingConfig, groups: Iterable[dict[str, Any]], device: tor
         return torch.optim.AdamW(groups, fused=True, **adam)  # type: ignore[arg-type]
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=learning_rate)  # type: ignore[arg-type]
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
     if config.optimizer == "adamw_8bit":
-        return bitsandbytes.optim.AdamW8bit(groups, **adam)
+        return AdamW8bit(groups, **adam)
     if device.type == "cpu":
         # bitsandbytes 0.50 would quietly run the unpaged optimizer here
         raise UserError("optimizer='paged_adamw_8bit' needs a GPU: use adamw_8bit on a CPU")
-    return bitsandbytes.optim.PagedAdamW8bit(groups, **adam)
+    return PagedAdamW8bit(groups, **adam)

@@ -134,7 +134,9 @@ def train_stage(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokenizer_name": tokenizer_name,
     }
-    assert config.output_dir is not None and config.run_name is not None and config.max_steps is not None
+    assert config.output_dir is not None
+    assert config.run_name is not None
+    assert config.max_steps is not None
     final = config.output_dir / f"{config.run_name}_final"
     found = _newest(config.output_dir, config.run_name, final, record)
     if found == final:
@@ -228,6 +230,12 @@ def first_difference(there: Any, now: Any, path: str = "") -> str | None:
     return None if there == now else f"{path.removeprefix('config.')}: {there!r} there, {now!r} now"
 
 
+def end_token_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Tokens at which generation stops: the end of a document and the end of an assistant's turn."""
+    assert isinstance(tokenizer.eos_token_id, int)
+    return {tokenizer.eos_token_id, ChatEncoder(tokenizer).end_token_id}
+
+
 def _save(
     target: Path,
     model: PreTrainedModel,
@@ -238,9 +246,8 @@ def _save(
     """Write a checkpoint on the main rank; all ranks wait for it."""
     if distributed.is_main():
         with folders.atomic_folder(target) as scratch:
-            end_tokens = {tokenizer.eos_token_id, ChatEncoder(tokenizer).end_token_id}
             assert model.generation_config is not None
-            model.generation_config.eos_token_id = sorted(end_tokens)
+            model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
             model.generation_config.pad_token_id = tokenizer.eos_token_id
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)

@@ -15,7 +15,7 @@ __all__ = ["DPOConfig", "PreferenceDatasetConfig", "run_dpo"]
 def run_dpo(
     sft_checkpoint: Path | str,
     train_config: TrainingConfig,
-    dpo_config: DPOConfig = DPOConfig(),
+    dpo_config: DPOConfig | None = None,
     preference_config: PreferenceDatasetConfig | None = None,
     tokenizer_name: str | None = None,
 ) -> Path:
@@ -24,7 +24,7 @@ def run_dpo(
     Args:
         sft_checkpoint: one of our folders, any Hugging Face model folder, or a hub id.
         train_config: how to train; what is None gets the stage's default.
-        dpo_config: what to optimise.
+        dpo_config: what to optimise. None: `DPOConfig()`.
         preference_config: the pairs. None: the data set named by `train_config.dataset_name`.
         tokenizer_name: None: the checkpoint's own; another one is refused unless it is identical.
 
@@ -36,6 +36,7 @@ def run_dpo(
     """
     with distributed.process_group():
         check_early("dpo", train_config)
+        dpo_config = dpo_config or DPOConfig()
         preference_config = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
         model, tokenizer, recorded_name = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint")
