@@ -46,10 +46,10 @@ class DPOStageConfig(StrictModel):
 class EvaluationConfig(StrictModel):
     """What is measured on the checkpoint of every stage, on data that no stage trained on."""
 
-    max_documents: PositiveInt = 200
-    """Held-out documents for the perplexity."""
+    max_blocks: PositiveInt = 100
+    """Held-out blocks of documents for the perplexity."""
     max_questions: PositiveInt = 300
-    """Held-out questions answered by greedy generation (data sets whose answers can be judged)."""
+    """Held-out questions answered by greedy generation: those of the built-in world, else the prompts of held-out pairs."""
     max_pairs: PositiveInt = 500
     """Held-out pairs for the preference accuracy."""
     max_new_tokens: PositiveInt = 40

@@ -1,6 +1,8 @@
 """Demonstrations for supervised fine-tuning: only the assistant's words and their end token count."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 from modern_llm.config import UserError
 from modern_llm.config.data import InstructionDatasetConfig
@@ -39,16 +41,27 @@ def instruction_messages(rows: Rows, i: int, config: InstructionDatasetConfig) -
 def prepare_instructions(config: InstructionDatasetConfig, encoder: ChatEncoder) -> PreparedData:
     """Every chat as one segment of at most `max_length` tokens."""
     report: Counter[str] = Counter()
+    rows, used, eval_rows, eval_used = split_rows(config, "instructions", _key(config), report)
+    train = _examples(rows, used, config, encoder, report)
+    evaluation = _examples(eval_rows, eval_used, config, encoder, Counter())
+    return finish(config, train, evaluation, report)
+
+
+def held_out_rows(config: InstructionDatasetConfig) -> list[dict[str, Any]]:
+    """The rows of the evaluation part as they are, for data sets whose answers can be judged."""
+    _, _, rows, used = split_rows(config, "instructions", _key(config), Counter())
+    return [rows.rows[i] for i in used]
+
+
+def _key(config: InstructionDatasetConfig) -> Callable[[int, Rows], int]:
+    """Hash of what is asked first: everything before the first answer."""
 
     def key(i: int, rows: Rows) -> int:
         messages = instruction_messages(rows, i, config)
         first_answer = next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         return prompt_hash(prompt_text(messages[:first_answer]))
 
-    rows, used, eval_rows, eval_used = split_rows(config, "instructions", key, report)
-    train = _examples(rows, used, config, encoder, report)
-    evaluation = _examples(eval_rows, eval_used, config, encoder, Counter())
-    return finish(config, train, evaluation, report)
+    return key
 
 
 def _examples(

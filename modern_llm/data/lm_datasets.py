@@ -22,10 +22,10 @@ def training_texts(config: LanguageModelingDatasetConfig) -> list[str]:
     return [text_column(rows, i, config.text_field) for i in used]
 
 
-def held_out_texts(config: LanguageModelingDatasetConfig) -> list[str]:
-    """The documents of the evaluation part."""
+def held_out_blocks(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int) -> list[Example]:
+    """The blocks of the evaluation part."""
     _, _, rows, used = split_rows(config, "text", _key(config), Counter())
-    return [text_column(rows, i, config.text_field) for i in used]
+    return _blocks(used, rows, config, encoder, max_length, Counter())
 
 
 def prepare_documents(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int, seed: int) -> PreparedData:

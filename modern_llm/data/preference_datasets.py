@@ -96,6 +96,12 @@ def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder
     return finish(config, train, evaluation, report)
 
 
+def held_out_pairs(config: PreferenceDatasetConfig) -> list[Pair]:
+    """The pairs of the evaluation part, as text."""
+    _, _, rows, used = split_rows(config, "preferences", lambda i, r: pair_key(i, r, config), Counter())
+    return [pair for pair in (read_pair(rows, i, config) for i in used) if isinstance(pair, Pair)]
+
+
 def _examples(
     rows: Rows,
     used: list[int],

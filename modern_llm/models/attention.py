@@ -64,7 +64,7 @@ def packed_attention(
     """
     assert attention_mask is None, "the layout says what may see what"
     assert query.shape[0] == 1, "packed attention takes one row"
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     query, key, value = (x[0].transpose(0, 1)[packed_grid].transpose(1, 2) for x in (query, key, value))  # (S, H or K, W, D)
     width = packed_grid.shape[1]
     implementation: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]

@@ -1,0 +1,1 @@
+"""What a checkpoint can do: perplexity, answers, preferences, distance from another model."""

@@ -1,0 +1,90 @@
+"""Pretrain → SFT → DPO in one call: each stage starts from the checkpoint of the one before, then all are measured."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from modern_llm.config import PipelineConfig, TrainingConfig
+from modern_llm.config.io import plain
+from modern_llm.config.training import Stage
+from modern_llm.evaluation.stages import held_out, measure
+from modern_llm.report.table import show, write_report
+from modern_llm.training.train_dpo import run_dpo
+from modern_llm.training.train_lm import run_training
+from modern_llm.training.train_sft import run_sft
+
+__all__ = ["PipelineConfig", "PipelineResult", "run_pipeline"]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a pipeline leaves behind."""
+
+    checkpoints: dict[Stage, Path]
+    """Final checkpoint of every stage that ran."""
+    metrics: dict[str, dict[str, float]]
+    """Stage → metric → value, on held-out data."""
+    report: Path
+    """The table as Markdown; `results.json` beside it holds everything."""
+
+
+def run_pipeline(pipeline_config: PipelineConfig) -> PipelineResult:
+    """Run every stage of the config in order, measure each checkpoint, print a table.
+
+    A stage whose checkpoint exists with the same inputs is not run again.
+
+    Raises:
+        UserError: a config, file or name that the user can put right.
+    """
+    config = pipeline_config
+    start: Path | str | None = config.start_checkpoint
+    checkpoints: dict[Stage, Path] = {}
+    began = time.perf_counter()
+    if config.pretrain is not None:
+        train = _stage_config(config, "pretrain", config.pretrain.train)
+        checkpoints["pretrain"] = start = run_training(config.pretrain.model, train, config.pretrain.data)
+    assert start is not None, "the config demands pretraining or a start"
+    if config.sft is not None:
+        train = _stage_config(config, "sft", config.sft.train)
+        checkpoints["sft"] = start = run_sft(start, train, config.sft.data)
+    before_dpo = start
+    if config.dpo is not None:
+        train = _stage_config(config, "dpo", config.dpo.train)
+        checkpoints["dpo"] = run_dpo(start, train, config.dpo.dpo, config.dpo.data)
+    training_seconds = time.perf_counter() - began
+    return _measure_all(config, checkpoints, before_dpo, training_seconds)
+
+
+def _stage_config(config: PipelineConfig, stage: Stage, train: TrainingConfig) -> TrainingConfig:
+    """The stage's training config with the pipeline's folder and seed where it sets none of its own."""
+    own = train.model_fields_set
+    filled = {
+        "output_dir": train.output_dir or config.output_dir / stage,
+        "seed": train.seed if "seed" in own else config.seed,
+    }
+    return train.model_copy(update=filled)
+
+
+def _measure_all(
+    config: PipelineConfig, checkpoints: dict[Stage, Path], before_dpo: Path | str, training_seconds: float
+) -> PipelineResult:
+    """Measure every checkpoint and write the report."""
+    metrics: dict[str, dict[str, float]] = {}
+    for stage, checkpoint in checkpoints.items():
+        anchor = None if stage == "pretrain" else before_dpo
+        metrics[stage] = measure(checkpoint, anchor, config)
+    show(metrics)
+    last = checkpoints[next(reversed(checkpoints))]
+    baselines = held_out(config, last).baselines
+    result = {
+        "config": plain(config),
+        "checkpoints": {stage: str(path) for stage, path in checkpoints.items()},
+        "stages": metrics,
+        "baselines": baselines,
+        "training_seconds": round(training_seconds, 1),
+    }
+    report = write_report(config.output_dir, result)
+    for stage, path in checkpoints.items():
+        print(f"{stage:>9}  {path}")
+    print(f"{'table':>9}  {report}")
+    return PipelineResult(checkpoints, metrics, report)

@@ -1,0 +1,56 @@
+"""The table at the end of a pipeline: one line for each stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from modern_llm.checkpoint import write_text
+
+COLUMNS = {
+    "perplexity": "perplexity, held-out text",
+    "right_answers": "right answers",
+    "preferred_form": "preferred form",
+    "preference_accuracy": "preference accuracy",
+    "kl_to_sft": "KL to SFT, nats/token",
+}
+
+
+def cell(metric: str, value: float | None) -> str:
+    """A metric as people read it; an en dash where it was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if metric == "perplexity" else f"{value:.3f}" if metric == "kl_to_sft" else f"{value:.1%}"
+
+
+def measured_columns(stages: dict[str, dict[str, float]]) -> dict[str, str]:
+    """The columns in which at least one stage has a value."""
+    return {metric: title for metric, title in COLUMNS.items() if any(metric in values for values in stages.values())}
+
+
+def markdown(stages: dict[str, dict[str, float]]) -> str:
+    """The table as Markdown."""
+    columns = measured_columns(stages)
+    lines = ["| stage | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for stage, values in stages.items():
+        lines.append(f"| {stage} | " + " | ".join(cell(metric, values.get(metric)) for metric in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def show(stages: dict[str, dict[str, float]]) -> None:
+    """Print the table."""
+    columns = measured_columns(stages)
+    table = Table("stage", *columns.values())
+    for stage, values in stages.items():
+        table.add_row(stage, *(cell(metric, values.get(metric)) for metric in columns))
+    Console(width=120).print(table)
+
+
+def write_report(folder: Path, result: dict[str, Any]) -> Path:
+    """Write `results.json` (everything) and `results.md` (the table); returns the latter."""
+    write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
+    report = folder / "results.md"
+    write_text(report, markdown(result["stages"]))
+    return report
