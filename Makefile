@@ -1,0 +1,40 @@
+# `make quickstart` and `make test` need only Python ≥ 3.11, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow check format docs clean
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: .venv/.installed  ## the whole pipeline on the built-in world, in minutes, on a CPU
+	$(BIN)/modern-llm run configs/quickstart.yaml
+
+test: .venv/.installed-dev  ## every test but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: .venv/.installed-dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/.installed-dev  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.installed-dev  ## put the code in its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/.installed-dev  ## the documentation site, warnings are errors
+	$(BIN)/mkdocs build --strict
+
+clean:  ## everything that can be made again, runs excepted
+	rm -rf .venv site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,242 @@
+"""The command line: `modern-llm pretrain | sft | dpo | run | schema`.
+
+Every argument of a stage function is a key of its `--config` YAML file, and every key is an option: `--dpo-config.beta 0.08` or
+`dpo_config.beta=0.08`. Options go over the file, and both end in the same validation.
+"""
+
+import os
+import sys
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from modern_llm.config import (
+    DPOConfig,
+    InstructionDatasetConfig,
+    LanguageModelingDatasetConfig,
+    ModelConfig,
+    PipelineConfig,
+    PreferenceDatasetConfig,
+    StrictModel,
+    TrainingConfig,
+    UserError,
+)
+from modern_llm.config.base import did_you_mean, explain
+from modern_llm.config.io import json_schema, read_yaml
+
+USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
+
+  run FILE   the whole pipeline of a YAML file: pretrain, SFT, DPO, and a table of what each learned
+  pretrain   train a model from random weights on documents
+  sft        fine-tune a checkpoint on demonstrations
+  dpo        train a checkpoint on preference pairs
+  schema     print the JSON Schema of a pipeline file, for editors
+
+  modern-llm COMMAND --help lists every option with its meaning."""
+
+
+class PretrainArguments(StrictModel):
+    """Pretraining from random weights."""
+
+    model: ModelConfig = Field(default=ModelConfig(), alias="model_config")
+    """Shape of the model."""
+    train_config: TrainingConfig = TrainingConfig()
+    """How to train."""
+    dataset_config: LanguageModelingDatasetConfig | None = None
+    """The documents; left out: `train_config.dataset_name`."""
+    tokenizer_name: str | None = None
+    """Folder or hub id of the tokenizer; left out: one is trained on the documents."""
+
+
+class SFTArguments(StrictModel):
+    """Supervised fine-tuning."""
+
+    pretrain_checkpoint: str
+    """Model to start from: a folder or a hub id."""
+    train_config: TrainingConfig = TrainingConfig()
+    """How to train."""
+    dataset_config: InstructionDatasetConfig | None = None
+    """The demonstrations; left out: `train_config.dataset_name`."""
+    tokenizer_name: str | None = None
+    """Left out: the checkpoint's own tokenizer."""
+
+
+class DPOArguments(StrictModel):
+    """Preference training."""
+
+    sft_checkpoint: str
+    """Model to start from: a folder or a hub id."""
+    train_config: TrainingConfig = TrainingConfig()
+    """How to train."""
+    dpo_config: DPOConfig = DPOConfig()
+    """What to optimise."""
+    preference_config: PreferenceDatasetConfig | None = None
+    """The pairs; left out: `train_config.dataset_name`."""
+    tokenizer_name: str | None = None
+    """Left out: the checkpoint's own tokenizer."""
+
+
+Arguments = TypeVar("Arguments", bound=BaseModel)
+
+
+def parse(kind: type[Arguments], command: str, words: list[str]) -> Arguments:
+    """Options over the YAML file named by `--config`, as one validated object.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    words = [_as_option(word) for word in words]
+    config_path, words = _take_config(words)
+    settings = type("Settings", (BaseSettings, kind), {"model_config": _cli_settings(command)})
+    try:
+        source = CliSettingsSource(settings, cli_parse_args=words)
+        given = source()
+    except SettingsError as error:
+        raise UserError(_unknown_option(kind, str(error))) from None
+    content = {} if config_path is None else read_yaml(config_path)
+    try:
+        return kind.model_validate(_merge(content, given))
+    except ValidationError as error:
+        raise UserError(explain(error, source=config_path or "")) from None
+
+
+def _cli_settings(command: str) -> SettingsConfigDict:
+    return SettingsConfigDict(
+        cli_prog_name=f"modern-llm {command}",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        cli_parse_none_str="null",
+        use_attribute_docstrings=True,
+        extra="forbid",
+    )
+
+
+def _as_option(word: str) -> str:
+    """`dpo_config.beta=0.08` and `--dpo_config.beta` as the option `--dpo-config.beta`; anything else as it is."""
+    name, equals, value = word.partition("=")
+    if name.startswith("--") or (equals and name.replace(".", "").replace("_", "").replace("-", "").isalnum()):
+        return "--" + name.removeprefix("--").replace("_", "-") + equals + value
+    return word
+
+
+def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config`, and the other words."""
+    for n, word in enumerate(words):
+        if word.startswith("--config="):
+            return word.removeprefix("--config="), words[:n] + words[n + 1 :]
+        if word == "--config":
+            if n + 1 == len(words):
+                raise UserError("--config: give the path of a YAML file")
+            return words[n + 1], words[:n] + words[n + 2 :]
+    return None, words
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+def _unknown_option(kind: type[BaseModel], message: str) -> str:
+    """argparse's complaint with the nearest option that exists."""
+    message = message.removeprefix("error parsing CLI: ")
+    head = "unrecognized arguments: "
+    if not message.startswith(head):
+        return message
+    word = message.removeprefix(head).split()[0]
+    if not word.startswith("--"):
+        return f"unexpected word '{word}': options are --name VALUE or name=VALUE"
+    return f"unknown option '{word.split('=')[0]}'{did_you_mean(word.split('=')[0], _options(kind))}"
+
+
+def _options(kind: type[BaseModel], prefix: str = "--") -> list[str]:
+    """Every option of a config class, nested ones with a dot."""
+    names = ["--config"] if prefix == "--" else []
+    for name, field in kind.model_fields.items():
+        option = prefix + (field.alias or name).replace("_", "-")
+        inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_model(t)]
+        names += [option] if not inner else [o for model in inner for o in _options(model, option + ".")]
+    return names
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _pretrain(words: list[str]) -> None:
+    arguments = parse(PretrainArguments, "pretrain", words)
+    from modern_llm.training.train_lm import run_training
+
+    a = arguments
+    print(run_training(a.model, a.train_config, a.dataset_config, a.tokenizer_name))
+
+
+def _sft(words: list[str]) -> None:
+    a = parse(SFTArguments, "sft", words)
+    from modern_llm.training.train_sft import run_sft
+
+    print(run_sft(a.pretrain_checkpoint, a.train_config, a.dataset_config, a.tokenizer_name))
+
+
+def _dpo(words: list[str]) -> None:
+    a = parse(DPOArguments, "dpo", words)
+    from modern_llm.training.train_dpo import run_dpo
+
+    print(run_dpo(a.sft_checkpoint, a.train_config, a.dpo_config, a.preference_config, a.tokenizer_name))
+
+
+def _run(words: list[str]) -> None:
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        words = ["--config", *words]
+    config = parse(PipelineConfig, "run", words)
+    from modern_llm.pipeline import run_pipeline
+
+    run_pipeline(config)
+
+
+def _schema(words: list[str]) -> None:
+    print(json_schema(PipelineConfig))
+
+
+COMMANDS = {"run": _run, "pretrain": _pretrain, "sft": _sft, "dpo": _dpo, "schema": _schema}
+
+
+def main(command: str | None = None) -> None:
+    """Run a command; errors that the user can put right are one line each and exit code 2.
+
+    Args:
+        command: set by `python -m modern_llm.training.train_dpo` and its siblings; else the first word.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    words = sys.argv[1:]
+    if command is None:
+        if not words or words[0] in ("-h", "--help"):
+            print(USAGE)
+            return
+        command, *words = words
+    if command not in COMMANDS:
+        _fail(f"unknown command '{command}'{did_you_mean(command, COMMANDS)}")
+    try:
+        COMMANDS[command](words)
+    except ValidationError as error:
+        _fail(explain(error))
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command resumes from the newest checkpoint", code=130)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
