@@ -6,7 +6,7 @@ Every argument of a stage function is a key of its `--config` YAML file, and eve
 
 import os
 import sys
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
@@ -160,13 +160,10 @@ def _options(kind: type[BaseModel], prefix: str = "--") -> list[str]:
     names = ["--config"] if prefix == "--" else []
     for name, field in kind.model_fields.items():
         option = prefix + (field.alias or name).replace("_", "-")
-        inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if _is_model(t)]
+        members: list[Any] = [field.annotation, *get_args(field.annotation)]
+        inner = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
         names += [option] if not inner else [o for model in inner for o in _options(model, option + ".")]
     return names
-
-
-def _is_model(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _pretrain(words: list[str]) -> None:

@@ -32,6 +32,23 @@ class DatasetConfig(StrictModel):
         return self
 
 
+class MoreDocuments(StrictModel):
+    """One more source of documents."""
+
+    dataset_name: str
+    """As in the main data set."""
+    split: str = "train"
+    """Which split to train on."""
+    dataset_config_name: str | None = None
+    """Name of the hub data set's configuration, where it has several."""
+    text_field: str = "text"
+    """Column that holds a document."""
+    document_separator: str | None = None
+    """`.txt` files: the line between two documents."""
+    max_rows: PositiveInt | None = None
+    """Use only the first so many rows."""
+
+
 class LanguageModelingDatasetConfig(DatasetConfig):
     """Plain documents for pretraining, cut into blocks of `max_length` tokens in which documents never see each other."""
 
@@ -41,6 +58,8 @@ class LanguageModelingDatasetConfig(DatasetConfig):
     """`.txt` files: the line between two documents, e.g. `<|endoftext|>`. None: a file is one document."""
     max_length: PositiveInt | None = None
     """Tokens of a block. None: the model's `max_seq_len`."""
+    also: tuple[MoreDocuments, ...] = ()
+    """Further sources; the documents of all are shuffled together, each once per epoch. `eval_split` is of the main one."""
 
 
 class InstructionDatasetConfig(DatasetConfig):

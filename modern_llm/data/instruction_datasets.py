@@ -30,9 +30,10 @@ def instruction_messages(rows: Rows, i: int, config: InstructionDatasetConfig) -
     prompt = config.prompt_field or first_present(row, PROMPT_COLUMNS)
     response = config.response_field or first_present(row, RESPONSE_COLUMNS)
     if prompt is None or response is None:
+        columns = ", ".join(map(str, row)) or "none"
         raise UserError(
-            f"{rows.place(i)}: columns {', '.join(map(str, row)) or 'none'} are no instruction layout: expected messages, or "
-            f"one of {', '.join(PROMPT_COLUMNS)} with one of {', '.join(RESPONSE_COLUMNS)}; or set prompt_field and response_field"
+            f"{rows.place(i)}: columns {columns} are no instruction layout: expected messages, or one of "
+            f"{', '.join(PROMPT_COLUMNS)} with one of {', '.join(RESPONSE_COLUMNS)}; or set prompt_field and response_field"
         )
     question = user_message(instruction_text(rows, i, prompt))
     return [*question, {"role": "assistant", "content": text_column(rows, i, response)}]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from modern_llm.config import UserError
-from modern_llm.config.data import DatasetConfig
-from modern_llm.data.sources import Kind, Rows, is_held_out, load_rows
+from modern_llm.config.data import DatasetConfig, LanguageModelingDatasetConfig, MoreDocuments
+from modern_llm.data.sources import Kind, Rows, is_held_out, joined, load_rows
 from modern_llm.layout import Segment, num_scored
 
 
@@ -67,6 +67,8 @@ def split_rows(
         report: gets the counts.
     """
     rows = load_rows(config, kind, config.split)
+    if isinstance(config, LanguageModelingDatasetConfig) and config.also:
+        rows = joined([rows, *(_documents_of(source, config.text_field) for source in config.also)])
     report["rows_read"] = len(rows)
     if config.eval_split is None:
         held_out = [config.eval_fraction > 0 and is_held_out(key(i, rows), config.eval_fraction) for i in range(len(rows))]
@@ -81,6 +83,13 @@ def split_rows(
     used = [i for i in range(len(rows)) if key(i, rows) not in eval_keys]
     report["dropped_because_held_out_too"] = len(rows) - len(used)
     return rows, used, eval_rows, list(range(len(eval_rows)))
+
+
+def _documents_of(source: MoreDocuments, field_name: str) -> Rows:
+    """The documents of one more source, under the main source's column name."""
+    rows = load_rows(source, "text", source.split)
+    texts = [text_column(rows, i, source.text_field) for i in range(len(rows))]
+    return Rows([{field_name: text} for text in texts], rows.place)
 
 
 def finish(config: DatasetConfig, train: list[Example], evaluation: list[Example], report: Counter[str]) -> PreparedData:

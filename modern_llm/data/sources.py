@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from modern_llm.config import UserError
-from modern_llm.config.data import DatasetConfig, LanguageModelingDatasetConfig
+from modern_llm.config.data import DatasetConfig, MoreDocuments
 from modern_llm.data.village import VILLAGE_NAME, village_rows
 
 Kind = Literal["text", "instructions", "preferences"]
@@ -32,13 +32,17 @@ class Rows:
         return iter(enumerate(self.rows))
 
 
-def load_rows(config: DatasetConfig, kind: Kind, split: str) -> Rows:
+Source = DatasetConfig | MoreDocuments
+"""What names a source of rows."""
+
+
+def load_rows(source: Source, kind: Kind, split: str) -> Rows:
     """All rows of a split, in their own order.
 
     Raises:
         UserError: no such file or data set, an unreadable row (by file and line), or no row at all.
     """
-    name = config.dataset_name
+    name = source.dataset_name
     if name == VILLAGE_NAME:
         try:
             found = village_rows(kind, split)  # type: ignore[arg-type] - it names the splits that exist
@@ -48,14 +52,20 @@ def load_rows(config: DatasetConfig, kind: Kind, split: str) -> Rows:
     elif name.startswith("builtin:"):
         raise UserError(f"dataset_name={name!r}: the only built-in data set is {VILLAGE_NAME!r}")
     elif _looks_local(name):
-        rows = _local_rows(Path(name), config, split)
+        rows = _local_rows(Path(name), source, split)
     else:
-        rows = _hub_rows(config, split)
-    if config.max_rows is not None:
-        rows = Rows(rows.rows[: config.max_rows], rows.place)
+        rows = _hub_rows(source, split)
+    if source.max_rows is not None:
+        rows = Rows(rows.rows[: source.max_rows], rows.place)
     if not len(rows):
         raise UserError(f"dataset_name={name!r}: split {split!r} has no rows")
     return rows
+
+
+def joined(parts: list[Rows]) -> Rows:
+    """Rows of several sources, one after the other."""
+    owners = [(part, i) for part in parts for i in range(len(part))]
+    return Rows([row for part in parts for row in part.rows], lambda i: owners[i][0].place(owners[i][1]))
 
 
 def prompt_hash(text: str) -> int:
@@ -78,7 +88,7 @@ def _looks_local(name: str) -> bool:
     return path.exists() or _suffix(path) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES) or name.startswith(("/", "./", "../", "~"))
 
 
-def _local_rows(path: Path, config: DatasetConfig, split: str) -> Rows:
+def _local_rows(path: Path, source: Source, split: str) -> Rows:
     path = path.expanduser()
     if not path.exists():
         raise UserError(f"dataset_name={str(path)!r}: no such file")
@@ -100,7 +110,7 @@ def _local_rows(path: Path, config: DatasetConfig, split: str) -> Rows:
             text = file.read()
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    return _json_array(path, text) if suffix == ".json" else _documents(path, text, config)
+    return _json_array(path, text) if suffix == ".json" else _documents(path, text, source)
 
 
 def _open(path: Path) -> IO[str]:
@@ -133,10 +143,10 @@ def _json_array(path: Path, text: str) -> Rows:
     return Rows(rows, lambda i: f"{path}, row {i}")
 
 
-def _documents(path: Path, text: str, config: DatasetConfig) -> Rows:
+def _documents(path: Path, text: str, source: Source) -> Rows:
     """A text file as documents, split at lines equal to the separator."""
-    separator = config.document_separator if isinstance(config, LanguageModelingDatasetConfig) else None
-    field = config.text_field if isinstance(config, LanguageModelingDatasetConfig) else "text"
+    separator: str | None = getattr(source, "document_separator", None)
+    field: str = getattr(source, "text_field", "text")
     documents, lines, start = [], [], 0
     split_lines = text.splitlines(keepends=True)
     for number, line in enumerate([*split_lines, None]):
@@ -174,12 +184,12 @@ def _saved_dataset(path: Path, split: str) -> Rows:
     return Rows(list(saved), lambda i: f"{path}[{split}] row {i}")  # type: ignore[arg-type]
 
 
-def _hub_rows(config: DatasetConfig, split: str) -> Rows:
+def _hub_rows(source: Source, split: str) -> Rows:
     from datasets import load_dataset
 
-    name = config.dataset_name
+    name = source.dataset_name
     try:
-        found = load_dataset(name, config.dataset_config_name, split=split)
+        found = load_dataset(name, source.dataset_config_name, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and FileNotFoundError are OSErrors
         raise UserError(
             f"dataset_name={name!r}: no such file, and the hub did not give a data set of that name and split {split!r} "

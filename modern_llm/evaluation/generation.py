@@ -40,7 +40,9 @@ def greedy_answers(
         # padding stands on the left, so that every prompt ends where its answer begins
         ids = torch.tensor([[encoder.encoder.document_end] * (longest - len(encoded[i])) + encoded[i] for i in batch])
         mask = torch.tensor([[0] * (longest - len(encoded[i])) + [1] * len(encoded[i]) for i in batch])
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings)
+        out = model.generate(  # type: ignore[operator] - nn.Module's __getattr__ hides the method from the type checker
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
         for i, generated in zip(batch, out[:, longest:].tolist(), strict=True):
             answer = _up_to_end(generated, end_ids)
             answers[i] = Answer(encoded[i], answer, decode_text(encoder.tokenizer, answer))

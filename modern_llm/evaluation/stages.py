@@ -59,23 +59,23 @@ def measure(checkpoint: Path, anchor: Path | str | None, config: PipelineConfig)
     metrics: dict[str, float] = {}
     answers: list[Answer] = []
     prompts = _prompts(data, limits.max_questions)
-    if prompts:  # generation first: afterwards the models attend over packed rows
+    if prompts:
         answers = greedy_answers(model, encoder, prompts, limits.max_new_tokens, limits.batch_size)
     if data.questions:
         verdicts = [judge(answer.text, row) for answer, row in zip(answers, data.questions, strict=True)]
         metrics["right_answers"] = sum(verdict.right for verdict in verdicts) / len(verdicts)
         metrics["preferred_form"] = sum(verdict.courteous for verdict in verdicts) / len(verdicts)
-    if anchor is not None:
-        anchor_model = load_model(anchor).eval()
+    anchor_model = None if anchor is None else load_model(anchor).eval()
+    if anchor_model is not None:
         metrics["kl_to_sft"] = kl_divergence(model, anchor_model, answers)
-        if data.pairs:
-            dpo = config.dpo.dpo if config.dpo is not None else DPOConfig()
-            reference = frozen(Policy(anchor_model))
-            wins = preference_wins(frozen(Policy(model)), reference, data.pairs, dpo, encoder, limits.batch_size)
-            metrics["preference_accuracy"] = sum(wins) / len(wins)
-            metrics["pairs"] = len(wins)
+    policy = frozen(Policy(model))  # from here on the models attend over packed rows
+    if anchor_model is not None and data.pairs:
+        dpo = config.dpo.dpo if config.dpo is not None else DPOConfig()
+        wins = preference_wins(policy, frozen(Policy(anchor_model)), data.pairs, dpo, encoder, limits.batch_size)
+        metrics["preference_accuracy"] = sum(wins) / len(wins)
+        metrics["pairs"] = len(wins)
     if data.blocks:
-        metrics["perplexity"] = perplexity(frozen(Policy(model)), data.blocks, limits.batch_size)
+        metrics["perplexity"] = perplexity(policy, data.blocks, limits.batch_size)
     return metrics
 
 

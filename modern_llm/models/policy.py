@@ -28,6 +28,7 @@ class Policy(nn.Module):
         Raises:
             UserError: the model mixes positions in a way that packing does not know (state-space layers, ALiBi, …).
         """
+        assert model.config._attn_implementation not in IMPLEMENTATIONS.values(), "a model goes into one policy"
         super().__init__()
         self.model = model
         self.plain_head = True
