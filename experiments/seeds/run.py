@@ -1,0 +1,63 @@
+"""Does a result hold over seeds? Runs a pipeline file once per seed and pools what was counted.
+
+    python experiments/seeds/run.py configs/quickstart.yaml
+    python experiments/seeds/run.py configs/real-small.yaml --seeds 0 1 2
+
+Seed s writes to `<output_dir>-seed<s>`; a finished run is not repeated. Prints one table per seed, then the pooled one: the mean
+and the range of each metric, and for preference accuracy the 95 % Wilson interval over all pairs of all seeds (the same held-out
+pairs each time, so it covers the models' chance, not the pairs').
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from modern_llm import PipelineConfig, load_config, run_pipeline
+from modern_llm.evaluation.heldout import wilson_interval
+from modern_llm.report.table import COLUMNS, cell
+
+
+def run_seed(config: PipelineConfig, seed: int) -> dict:
+    """Results of one seed."""
+    folder = config.output_dir.with_name(f"{config.output_dir.name}-seed{seed}")
+    result = run_pipeline(config.model_copy(update={"seed": seed, "output_dir": folder}))
+    return json.loads((result.report.parent / "results.json").read_text(encoding="utf-8"))
+
+
+def pooled(results: list[dict]) -> str:
+    """The pooled table as Markdown."""
+    lines = ["| stage | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for stage in results[0]["stages"]:
+        cells = []
+        for metric in COLUMNS:
+            values = [r["stages"][stage][metric] for r in results if metric in r["stages"][stage]]
+            if not values:
+                cells.append("–")
+                continue
+            mean, low, high = sum(values) / len(values), min(values), max(values)
+            cells.append(f"{cell(metric, mean)} ({cell(metric, low)} to {cell(metric, high)})")
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a pipeline file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    config = load_config(PipelineConfig, arguments.config)
+    results = [run_seed(config, seed) for seed in arguments.seeds]
+    print(f"\n{arguments.config}, seeds {', '.join(map(str, arguments.seeds))}: mean (lowest to highest)\n")
+    print(pooled(results))
+    print("\nminutes of training: " + ", ".join(f"{r['training_seconds'] / 60:.1f}" for r in results))
+    dpo = [r["stages"]["dpo"] for r in results if "dpo" in r["stages"]]
+    if dpo:
+        count = sum(int(stage["pairs"]) for stage in dpo)
+        share = sum(stage["preference_accuracy"] * stage["pairs"] for stage in dpo) / count
+        low, high = wilson_interval(share, count)
+        print(f"preference accuracy over {count} held-out judgements: {share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+        print("baselines on the same pairs: " + ", ".join(f"{n} {v:.1%}" for n, v in results[0]["baselines"].items()))
+
+
+if __name__ == "__main__":
+    main()
