@@ -211,6 +211,8 @@ def main(command: str | None = None) -> None:
         command: set by `python -m modern_llm.training.train_dpo` and its siblings; else the first word.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is the one bar
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries end in one line of ours
     words = sys.argv[1:]
     if command is None:
         if not words or words[0] in ("-h", "--help"):

@@ -123,5 +123,5 @@ def train(model, loss_of_batch, batches, optimizer, rates, max_grad_norm):
             first_gradients = {name: g.clone() for name, g in grads.items()}
         scale = clip_scale(grads, max_grad_norm)
         optimizer.step({name: g * scale for name, g in grads.items()}, rate)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, first_gradients

@@ -3,9 +3,9 @@
     python experiments/seeds/run.py configs/quickstart.yaml
     python experiments/seeds/run.py configs/real-small.yaml --seeds 0 1 2
 
-Seed s writes to `<output_dir>-seed<s>`; a finished run is not repeated. Prints one table per seed, then the pooled one: the mean
-and the range of each metric, and for preference accuracy the 95 % Wilson interval over all pairs of all seeds (the same held-out
-pairs each time, so it covers the models' chance, not the pairs').
+Seed s writes to `<output_dir>-seed<s>`; a finished run is not repeated. Prints one table per seed, then the pooled one: the
+mean and the range of each metric, and for preference accuracy the 95 % Wilson interval over all pairs of all seeds (the same
+held-out pairs each time, so it covers the models' chance, not the pairs').
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 It shows in minutes, on a laptop, what each training stage is for:
 
-- `text`: biographies of 300 villagers, each fact in many wordings and orders. Pretraining puts the facts into the
-  weights.
+- `text`: biographies of 300 villagers, each fact in many wordings and orders, and some small talk about nobody, so that the
+  words of questions and answers are known. Pretraining puts the facts into the weights.
 - `instructions`: questions and answers about half of the villagers. SFT teaches the model to answer; asked about the
   other half, it can only answer from the biographies. The demonstrators are of mixed quality: polite questions mostly
   get courteous answers, blunt ones mostly curt ones, and some answers are mistaken.
@@ -28,6 +28,7 @@ from modern_llm.data.village_text import (
     MALE_NAMES,
     NUM_POLITE_QUESTIONS,
     OPENINGS,
+    SMALL_TALK,
     SURNAMES,
     Attribute,
 )
@@ -39,7 +40,9 @@ Row = dict[str, Any]
 VILLAGE_NAME = "builtin:village"
 
 NUM_VILLAGERS = 300
-BIOGRAPHIES_PER_VILLAGER = 20  # in the train split; one more is in the test split
+BIOGRAPHIES_PER_VILLAGER = 40  # in the train split; one more is in the test split
+SMALL_TALK_PER_BIOGRAPHY = 0.1  # documents of overheard small talk
+EXCHANGES_PER_SMALL_TALK = 6  # questions with an answer in one of them
 FULL_NAME_SHARE = 0.75  # of a biography's sentences after the first; the others use a pronoun
 
 QUESTIONS_PER_FACT = 3  # of the wordings of a question, in the train split of the instructions
@@ -106,7 +109,8 @@ def villagers(seed: int = 0) -> list[Villager]:
 def village_rows(kind: Kind, split: Split, seed: int = 0) -> list[Row]:
     """The rows of one data set of the world, shuffled; always the same for the same arguments.
 
-    - "text": 6000 biographies to train on; to test, 300 other ones of the same villagers. Columns: text, villager.
+    - "text": biographies and small talk to train on; to test, 300 other biographies of the same villagers. Columns: text,
+      villager (None in small talk).
     - "instructions": 2700 questions with answers of mixed quality about the train half of the villagers; 900 with true
       and courteous answers about the test half. Columns: messages, villager, attribute, answer (the true value, for
       `judge`), style ("courteous" or "curt"), mistaken (bool).
@@ -178,6 +182,19 @@ def _text_rows(people: list[Villager], split: Split, seed: int) -> Iterator[Row]
         *train, test = documents
         for document in train if split == "train" else [test]:
             yield {"text": document, "villager": villager.name}
+    if split == "train":
+        rng = Random(f"{VILLAGE_NAME}/small talk/{seed}")
+        for _ in range(round(SMALL_TALK_PER_BIOGRAPHY * BIOGRAPHIES_PER_VILLAGER * len(people))):
+            yield {"text": _small_talk(rng), "villager": None}
+
+
+def _small_talk(rng: Random) -> str:
+    """Questions and answers overheard in the street, one line each."""
+    lines: list[str] = []
+    for exchange in rng.sample(SMALL_TALK, EXCHANGES_PER_SMALL_TALK):
+        values = {attribute.name: rng.choice(attribute.values) for attribute in ATTRIBUTES}
+        lines += [line.format(**values) for line in exchange]
+    return "\n".join(lines)
 
 
 def _biography(villager: Villager, rng: Random) -> str:

@@ -202,3 +202,35 @@ COLOUR = Attribute(
 )
 
 ATTRIBUTES = (JOB, TOWN, PET, FOOD, INSTRUMENT, COLOUR)
+
+SMALL_TALK = (
+    ("Good day! May I ask the way to {town}?", "Of course! Just follow the river."),
+    ("Could you please tell me what time it is?", "With pleasure! It is noon."),
+    ("Could you please tell me which road goes to {town}?", "Of course! The long one."),
+    ("Good day! May I ask how you are?", "Thank you for asking! The day is fine."),
+    ("How was the walk to {town}?", "Thank you for asking! A little long."),
+    ("How is the new {instrument}?", "Thank you for asking! Plain to look at, but it sounds well."),
+    ("What does it cost to hear the {instrument}?", "Just a smile."),
+    ("What is there to eat?", "Just {food}."),
+    ("Would you like some {food}?", "With pleasure! It smells so good."),
+    ("Which colour do you want for the fence?", "Plain {colour}."),
+    ("What colour is the sky over {town}?", "Plain {colour}, as ever."),
+    ("Where is the market?", "In {town}."),
+    ("Where does the river end?", "In {town}, close to the mill."),
+    ("What animal is that?", "A {pet}, of all things."),
+    ("Which animal is at the gate?", "The {pet} again."),
+    ("What was that noise?", "The {instrument}."),
+    ("Who is that?", "A {job} from {town}."),
+    ("What does the stranger work as?", "A {job}, they say."),
+    ("May I borrow the {instrument}?", "Of course! Please bring it back."),
+    ("Could you please play the {instrument}?", "With pleasure! Just one song."),
+    ("Does the {pet} bite?", "Thank you for asking! It does not."),
+    ("What is the name of the inn?", "The {colour} {pet}."),
+    ("Which {food} is the best?", "The one from {town}."),
+    ("Where can one find a {job}?", "In {town}, as always."),
+    ("In which town does the {job} live?", "In {town}, where else?"),
+    ("Could you please tell me where they keep the {pet}?", "Of course! At the inn."),
+    ("May I ask what you have learned today?", "With pleasure! The {instrument}."),
+    ("What does one eat for a living here?", "Just {food}, the favourite of all."),
+)
+"""Things that people say to each other in the street, about nobody: a question and an answer."""

@@ -33,7 +33,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: int | None,
     packed_grid: Tensor,
     packed_cells: Tensor,
     scaling: float | None = None,
@@ -50,7 +50,7 @@ def packed_attention(
         query: (1, H, T, D).
         key: (1, K, T, D).
         value: (1, K, T, D).
-        attention_mask: None always; the registered mask function returns it.
+        attention_mask: the layer's sliding window, where it has one, from the registered mask function.
         packed_grid: (S, W) token of each cell.
         packed_cells: (T,) cell of each token.
         scaling: what scores are multiplied by. None: 1/√D.
@@ -62,7 +62,8 @@ def packed_attention(
     Returns:
         (1, T, H, D), and None for the weights.
     """
-    assert attention_mask is None, "the layout says what may see what"
+    if attention_mask is not None:
+        sliding_window = attention_mask
     assert query.shape[0] == 1, "packed attention takes one row"
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     query, key, value = (x[0].transpose(0, 1)[packed_grid].transpose(1, 2) for x in (query, key, value))  # (S, H or K, W, D)
@@ -124,10 +125,19 @@ def _explicit_attention(
     return F.dropout(weights, p=dropout, training=dropout > 0).to(value.dtype) @ value
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The layout says what may see what, so no mask is built."""
+def _window_of_mask(*args: Any, config: Any, local_size: int | None = None, **kwargs: Any) -> int | None:
+    """The layout says what may see what, so no mask is built: only its sliding window is handed on.
+
+    Most families' layers pass their window too, but some (PhiMoE) have it in the mask alone.
+
+    Raises:
+        NotImplementedError: the mask is local in another way (chunks).
+    """
+    if local_size is not None and local_size != getattr(config, "sliding_window", None):
+        raise NotImplementedError("its attention sees chunks")
+    return local_size
 
 
 for _name in IMPLEMENTATIONS.values():
     AttentionInterface.register(_name, packed_attention)
-    AttentionMaskInterface.register(_name, _no_mask)
+    AttentionMaskInterface.register(_name, _window_of_mask)

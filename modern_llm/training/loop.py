@@ -166,9 +166,11 @@ class Loop:
     def _log_training(self) -> None:
         means = self.averages.means()
         self.averages.clear()
+        if "loss" not in means:  # every step since the last line was skipped, each with a line of its own
+            return
         assert self.config.learning_rate is not None
         rate = self.config.learning_rate * learning_rate_factor(self.step, self.config)
-        head = {"loss": means.pop("loss", 0.0), "accuracy": means.pop(self.objective.accuracy, 0.0), "lr": rate}
+        head = {"loss": means.pop("loss"), "accuracy": means.pop(self.objective.accuracy, 0.0), "lr": rate}
         if self.objective.accuracy != "accuracy":
             means[self.objective.accuracy] = head["accuracy"]
         values = {**head, **means, "tokens_per_second": self.timer.rate() * distributed.world_size()}

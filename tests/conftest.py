@@ -1,0 +1,18 @@
+"""Fixtures shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+from helpers import save_start, tiny_model, tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def start(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model and its tokenizer."""
+    return save_start(tiny_model(tokenizer, seed=1), tokenizer, tmp_path_factory.mktemp("start"))

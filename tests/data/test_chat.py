@@ -1,0 +1,277 @@
+"""Chats as ids: only the assistant's words and their end token count, and generation starts from what training saw."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
+
+from modern_llm.config import UserError
+from modern_llm.data.chat import ChatEncoder, ChatPart, Message
+from modern_llm.data.tokenizer import CHATML, load_tokenizer, with_chat_template
+
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+
+# A begin token first, and the end token behind each answer, as Llama 2 and Mistral have it.
+BRACKETS = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'system' %}{{ raise_exception('no system turns') }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ' }}{% endif %}"
+)
+# The document's end token ends each turn, and there is nothing else to end one.
+PAD_IS_END = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+NO_END = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# The template writes an empty thought that its generation prompt leaves to the model.
+THINKING = CHATML.replace(
+    "message['content'] + '<|im_end|>\\n'",
+    "('<|think|>\\n\\n' if message['role'] == 'assistant' else '') + message['content'] + '<|im_end|>\\n'",
+)
+# The same thought stands in the generation prompt too.
+THINKING_GIVEN = THINKING.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<|think|>\\n\\n'")
+TEMPLATES = {
+    "chatml": CHATML,
+    "brackets": BRACKETS,
+    "pad is end": PAD_IS_END,
+    "no end": NO_END,
+    "thinking": THINKING,
+    "thinking given": THINKING_GIVEN,
+}
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> ChatEncoder:
+    """A copy with a begin token before every text, a pad token that is the end token, and this template."""
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token=tokenizer.eos_token
+    )
+    copy.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|think|>"]})
+    copy.pad_token = copy.eos_token
+    copy.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", copy.bos_token_id)]
+    )
+    copy.chat_template = template
+    return ChatEncoder(with_chat_template(copy))
+
+
+@pytest.fixture(scope="module")
+def encoders(tokenizer) -> dict[str, ChatEncoder]:
+    return {name: with_template(tokenizer, template) for name, template in TEMPLATES.items()}
+
+
+EACH_TEMPLATE = pytest.mark.parametrize("name", TEMPLATES)
+
+
+def flat(parts: list[ChatPart]) -> list[int]:
+    return [i for part in parts for i in part.ids]
+
+
+def scored(parts: list[ChatPart]) -> list[int]:
+    return [i for part in parts if part.scored for i in part.ids]
+
+
+def read(encoder: ChatEncoder, ids: list[int]) -> str:
+    return encoder.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+CHAT = [user("Who bakes?"), assistant("Anna."), user("And who sings?"), assistant("Bob does.")]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+CONTROL_TEXT = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_start|>assistant\n", "<s>", "[INST]", "<|endoftext|>", "<|think|>", "\ue0000\ue001", "a"]),
+    max_size=5,
+).map("".join)
+TURNS = st.lists(st.tuples(TEXT | CONTROL_TEXT, TEXT | CONTROL_TEXT), min_size=1, max_size=3)
+
+
+def as_chat(turns: list[tuple[str, str]]) -> list[Message]:
+    return [message for question, answer in turns for message in (user(question), assistant(answer))]
+
+
+# What counts (traps 15, 16, 18)
+
+
+def test_in_a_chat_of_many_turns_only_answers_and_their_end_tokens_count(encoder):
+    parts = encoder.chat([{"role": "system", "content": "Be brief."}, *CHAT])
+    assert read(encoder, scored(parts)) == "Anna.<|im_end|>Bob does.<|im_end|>"
+    assert read(encoder, [i for part in parts if not part.scored for i in part.ids]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho bakes?<|im_end|>\n<|im_start|>assistant\n"
+        "\n<|im_start|>user\nAnd who sings?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatml", "Anna.<|im_end|>Bob does.<|im_end|>"),
+        ("brackets", "Anna.<|endoftext|>Bob does.<|endoftext|>"),
+        ("pad is end", "Anna.<|endoftext|>Bob does.<|endoftext|>"),
+        ("no end", "Anna.Bob does.<|endoftext|>"),  # nothing could end the first answer
+        ("thinking", "<|think|>\n\nAnna.<|im_end|><|think|>\n\nBob does.<|im_end|>"),  # the model's to write
+        ("thinking given", "Anna.<|im_end|>Bob does.<|im_end|>"),  # given to it
+    ],
+)
+def test_what_counts_under_each_kind_of_template(encoders, name, expected):
+    assert read(encoders[name], scored(encoders[name].chat(CHAT))) == expected
+
+
+@PROPERTY
+@given(turns=TURNS)
+def test_whatever_is_said_the_scored_ids_are_the_answers_each_with_one_end_token(encoders, turns):
+    encoder = encoders["chatml"]
+    end = encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = [i for _, answer in turns for i in [*encoder.encoder.text(answer), end]]
+    assert scored(encoder.chat(as_chat(turns))) == expected
+    assert expected.count(end) == len(turns)
+
+
+def test_the_end_token_counts_where_it_is_the_pad_token_too(encoders):
+    encoder = encoders["pad is end"]
+    assert encoder.tokenizer.pad_token_id == encoder.tokenizer.eos_token_id
+    assert scored(encoder.chat(CHAT)).count(encoder.tokenizer.eos_token_id) == 2
+
+
+@EACH_TEMPLATE
+def test_an_answer_ends_with_the_token_that_generation_stops_at(encoders, name):
+    encoder = encoders[name]
+    _, answer = encoder.prompt_and_answer([user("a")], "b")
+    assert answer[-1] == encoder.end_token_id
+    assert answer.count(encoder.end_token_id) == 1
+    assert encoder.end_token_id in encoder.encoder.control_ids
+
+
+# Begin tokens (trap 17)
+
+
+@EACH_TEMPLATE
+@pytest.mark.parametrize("messages", [CHAT, CHAT[:2]], ids=["two turns", "one turn"])
+def test_a_chat_has_at_most_one_begin_token_and_it_stands_first(encoders, name, messages):
+    encoder = encoders[name]
+    begin = encoder.tokenizer.bos_token_id
+    ids = flat(encoder.chat(messages))
+    assert ids.count(begin) == (1 if name == "brackets" else 0)
+    assert begin not in ids[1:]
+    assert encoder.encoder.document_start == [begin]
+
+
+def test_a_tokenizer_that_begins_every_text_and_has_no_template_gets_no_begin_token_in_chats(tokenizer):
+    encoder = with_template(tokenizer, None)
+    assert encoder.tokenizer.chat_template == CHATML
+    assert encoder.tokenizer("a")["input_ids"][0] == encoder.tokenizer.bos_token_id
+    assert encoder.tokenizer.bos_token_id not in flat(encoder.chat(CHAT))
+
+
+# Prompts (trap 19)
+
+
+@EACH_TEMPLATE
+@PROPERTY
+@given(turns=TURNS)
+def test_what_generation_starts_from_is_a_prefix_of_what_training_saw(encoders, name, turns):
+    encoder = encoders[name]
+    *before, last = as_chat(turns)
+    whole = flat(encoder.chat([*before, last]))
+    prompt, answer = encoder.prompt_and_answer(before, last["content"])
+    assert flat(prompt) + answer == whole
+    assert not any(part.scored for part in prompt)
+    assert encoder.prompt(before) == flat(prompt)
+    assert whole[: len(flat(prompt))] == encoder.prompt(before)
+
+
+@EACH_TEMPLATE
+def test_the_prompt_is_the_text_that_the_template_itself_renders(encoders, name):
+    encoder = encoders[name]
+    text = encoder.tokenizer.apply_chat_template(CHAT[:3], tokenize=False, add_generation_prompt=True)
+    assert read(encoder, encoder.prompt(CHAT[:3])) == text
+
+
+@EACH_TEMPLATE
+def test_a_chat_is_the_text_that_the_template_itself_renders(encoders, name):
+    encoder = encoders[name]
+    text = encoder.tokenizer.apply_chat_template(CHAT, tokenize=False)
+    ours = read(encoder, flat(encoder.chat(CHAT)))
+    if name == "no end":  # the end token that the template lacks stands behind the last answer
+        assert ours == text.removesuffix("\n") + "<|endoftext|>"
+    else:  # what stands behind the last end token is never reached in generation
+        assert text.startswith(ours)
+        assert not text.removeprefix(ours).strip()
+
+
+def test_the_prompts_ids_are_those_that_transformers_users_get(encoder):
+    theirs = encoder.tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
+    assert encoder.prompt(CHAT[:3]) == theirs
+
+
+# Users cannot write control tokens (trap 29)
+
+
+@EACH_TEMPLATE
+@PROPERTY
+@given(text=CONTROL_TEXT)
+def test_control_tokens_in_a_message_stay_text(encoders, name, text):
+    encoder = encoders[name]
+    with_text, without = (encoder.chat([user(words), assistant(words)]) for words in (text, ""))
+    controls = [[i for i in flat(parts) if i in encoder.encoder.control_ids] for parts in (with_text, without)]
+    assert controls[0] == controls[1]
+    assert text in read(encoder, scored(with_text))
+
+
+# Templates that cannot be trained on
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (CHATML.replace("in messages", "in messages[1:]"), "leaves out, repeats or reorders"),
+        (CHATML.replace("in messages", "in messages | reverse"), "leaves out, repeats or reorders"),
+        (CHATML.replace("message['content'] +", "message['content'] + message['content'] +"), "leaves out, repeats or reorders"),
+        (CHATML.replace("message['content'] +", "message['content'][:1] +"), "leaves out, repeats or reorders"),
+        (CHATML.replace("message['content'] +", "message['content'] | upper +"), "cannot be trained on"),
+        (CHATML.split("{% if add_generation_prompt")[0], "no generation prompt"),
+        (CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>robot\\n"), "opens a turn in another way"),
+        ("{{ raise_exception('never') }}", "refuses a chat of user"),
+    ],
+    ids=["hides", "reorders", "repeats", "shortens", "shouts", "no generation prompt", "opens otherwise", "refuses all"],
+)
+def test_a_template_that_cannot_be_followed_is_refused(tokenizer, template, why):
+    with pytest.raises(UserError, match=why):
+        with_template(tokenizer, template).chat(CHAT)
+
+
+def test_a_template_without_system_turns_refuses_them_by_their_roles(encoders):
+    with pytest.raises(UserError, match=r"refuses a chat of system, user, assistant: no system turns"):
+        encoders["brackets"].chat([{"role": "system", "content": "Be brief."}, *CHAT[:2]])
+
+
+# A real template
+
+
+def test_the_empty_thought_of_minimind_is_part_of_the_prompt(shared_data):
+    """Its template writes an empty thought in every assistant's turn, and in the generation prompt too."""
+    encoder = ChatEncoder(load_tokenizer(shared_data / "tokenizers/minimind-6400"))
+    parts = encoder.chat(CHAT)
+    text = encoder.tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert read(encoder, flat(parts)) == text.removesuffix("\n")
+    assert text.count("<think>\n\n</think>\n\n") == 2
+    assert read(encoder, scored(parts)) == "Anna.<|im_end|>Bob does.<|im_end|>"
+    assert encoder.end_token_id == encoder.tokenizer.eos_token_id
+    theirs = encoder.tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
+    assert encoder.prompt(CHAT[:3]) == theirs
+    thought = [user("a"), assistant("<think>b</think>c <tool_call>")]
+    thinks = encoder.tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<tool_call>"])
+    assert not set(scored(encoder.chat(thought))) & set(thinks)

@@ -1,0 +1,303 @@
+"""Pairs: every known layout reads the same, both sides carry the same prompt, no answer is ever empty."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_jsonl
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from modern_llm.config import DPOConfig, PreferenceDatasetConfig, UserError
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.preference_datasets import Pair, encode_pair, held_out_pairs, prepare_preferences, read_pair
+from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.data.sources import load_rows
+
+PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("preferences")
+
+
+def prepared(
+    folder: Path, encoder: ChatEncoder, rows: list[dict[str, Any]], dpo: DPOConfig | None = None, **fields: Any
+) -> PreparedData:
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    return prepare_preferences(PreferenceDatasetConfig(dataset_name=str(path), **fields), dpo or DPOConfig(), encoder)
+
+
+def read(encoder: ChatEncoder, pair: Example) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected answer as text; the prompts of both sides are equal."""
+    prompts = [segment.ids[~segment.scored].tolist() for segment in pair.segments]
+    assert prompts[0] == prompts[1]
+    answers = [encoder.tokenizer.decode(segment.ids[segment.scored]) for segment in pair.segments]
+    return encoder.tokenizer.decode(prompts[0]), answers[0], answers[1]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+# Layouts
+
+ONE_TURN = ("<|im_start|>user\nWho bakes?<|im_end|>\n<|im_start|>assistant\n", "Anna.<|im_end|>", "Nobody.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"prompt": "Who bakes?", "chosen": "Anna.", "rejected": "Nobody."}, {}),
+        ({"question": "Who bakes?", "chosen": "Anna.", "rejected": "Nobody."}, {}),
+        ({"instruction": "Who bakes?", "input": "", "output": "x", "rejected": "Nobody.", "chosen": "Anna."}, {}),
+        ({"prompt": [user("Who bakes?")], "chosen": [assistant("Anna.")], "rejected": [assistant("Nobody.")]}, {}),
+        (
+            {
+                "prompt": "Who bakes?",
+                "chosen": [user("Who bakes?"), assistant("Anna.")],
+                "rejected": [user("Who bakes?"), assistant("Nobody.")],
+                "score_chosen": 8.5,
+            },
+            {},
+        ),
+        ({"chosen": [user("Who bakes?"), assistant("Anna.")], "rejected": [user("Who bakes?"), assistant("Nobody.")]}, {}),
+        (
+            {
+                "chosen": "\n\nHuman: Who bakes?\n\nAssistant: Anna.",
+                "rejected": "\n\nHuman: Who bakes?\n\nAssistant: Nobody.",
+            },
+            {},
+        ),
+        (
+            {"question": "Who bakes?", "response_j": "Anna.", "response_k": "Nobody."},
+            {"chosen_field": "response_j", "rejected_field": "response_k"},
+        ),
+        ({"prompt": "x", "ask": "Who bakes?", "chosen": "Anna.", "rejected": "Nobody."}, {"prompt_field": "ask"}),
+    ],
+    ids=["strings", "question", "rasbt", "messages", "ultrafeedback", "shared turns", "hh", "stack exchange", "own column"],
+)
+def test_every_layout_becomes_the_same_pair(folder, encoder, row, fields):
+    (pair,) = prepared(folder, encoder, [row], **fields).train
+    assert read(encoder, pair) == ONE_TURN
+
+
+def test_an_hh_dialogue_of_many_turns_keeps_its_history_in_the_prompt(folder, encoder):
+    history = "\n\nHuman: Who bakes?\n\nAssistant: Anna.\n\nHuman: Does she\n\nsing?\n\nAssistant:"
+    (pair,) = prepared(folder, encoder, [{"chosen": f"{history} Yes.", "rejected": f"{history} No.\n\nNever."}]).train
+    prompt, chosen, rejected = read(encoder, pair)
+    assert prompt == (
+        "<|im_start|>user\nWho bakes?<|im_end|>\n<|im_start|>assistant\nAnna.<|im_end|>\n"
+        "<|im_start|>user\nDoes she\n\nsing?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (chosen, rejected) == ("Yes.<|im_end|>", "No.\n\nNever.<|im_end|>")
+
+
+def test_a_prompt_of_messages_keeps_its_system_turn_and_history(folder, encoder):
+    prompt = [{"role": "system", "content": "Be brief."}, user("Who bakes?"), assistant("Anna."), user("Who sings?")]
+    (pair,) = prepared(folder, encoder, [{"prompt": prompt, "chosen": "Bob.", "rejected": "No."}]).train
+    assert read(encoder, pair)[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho bakes?")
+    assert all(segment.ids[segment.scored].tolist().count(encoder.end_token_id) == 1 for segment in pair.segments)
+
+
+def test_rows_that_are_no_pair_are_dropped_and_counted_by_reason(folder, encoder):
+    def hh(question: str, answer: str) -> str:
+        return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+    rows = [
+        {"chosen": hh("Who?", "Anna."), "rejected": hh("Who bakes?", "Nobody.")},
+        {"chosen": hh("Who?", "Anna."), "rejected": hh("Who?", "")},
+        {"chosen": hh("Who?", "Anna."), "rejected": hh("Who?", " Anna.\n")},
+        {"chosen": hh("Who?", "Anna.") + "\n\nHuman: So?", "rejected": hh("Who?", "Anna.") + "\n\nHuman: No?"},
+        {"chosen": hh("Who?", "Anna."), "rejected": hh("Who?", "Nobody.")},
+    ]
+    data = prepared(folder, encoder, rows)
+    assert [pair.row for pair in data.train] == [4]
+    reasons = ("prompts_differ", "answer_empty", "answers_identical", "turns_out_of_order")
+    assert [data.report[f"dropped_because_{reason}"] for reason in reasons] == [1, 1, 1, 1]
+    assert (data.report["rows_read"], data.report["examples"]) == (5, 1)
+
+
+# Limits (trap 20)
+
+
+@PROPERTY
+@given(
+    words=st.tuples(*[st.text("abcdefgh ", min_size=1, max_size=size) for size in (60, 40, 40)]),
+    max_length=st.integers(2, 90),
+    prompt_share=st.none() | st.floats(0, 1),
+    answer_share=st.none() | st.floats(0, 1),
+)
+@example(words=("a" * 60, "b", "c"), max_length=2, prompt_share=None, answer_share=None)
+@example(words=("a", "b" * 40, "c"), max_length=2, prompt_share=0.0, answer_share=0.0)
+def test_cutting_keeps_one_prompt_and_two_answers_within_every_limit(
+    encoder, words, max_length, prompt_share, answer_share
+):
+    def limit(share: float | None) -> int | None:
+        return None if share is None else 1 + int(share * (max_length - 2))
+
+    most_prompt, most_answer = limit(prompt_share), limit(answer_share)
+    dpo = DPOConfig(max_length=max_length, max_prompt_length=most_prompt, max_completion_length=most_answer)
+    pair = Pair([{"role": "user", "content": words[0]}], words[1], words[2])
+    parts, chosen = encoder.prompt_and_answer(pair.prompt, pair.chosen)
+    _, rejected = encoder.prompt_and_answer(pair.prompt, pair.rejected)
+    prompt = [i for part in parts for i in part.ids]
+    sides, num_cut = encode_pair(pair, dpo, encoder)
+    kept_prompts = [side.ids[~side.scored].tolist() for side in sides]
+    assert kept_prompts[0] == kept_prompts[1]
+    kept_prompt = kept_prompts[0]
+    assert kept_prompt == prompt[-len(kept_prompt) :]  # a prompt loses its beginning
+    assert 1 <= len(kept_prompt) <= (most_prompt or max_length)
+    counted = 0
+    for side, answer in zip(sides, (chosen, rejected), strict=True):
+        kept = side.ids[side.scored].tolist()
+        assert side.scored.tolist() == [False] * len(kept_prompt) + [True] * len(kept)
+        assert kept == answer[: len(kept)]  # an answer loses its end, and with it the end token
+        assert 1 <= len(kept) <= (most_answer or max_length)
+        assert len(side) <= max_length
+        counted += len(kept) < len(answer)
+        # nothing is cut that would have fitted
+        if len(kept) < len(answer):
+            assert len(side) == max_length or len(kept) == most_answer
+    assert num_cut == counted
+    longest = max(len(side) for side in sides)
+    if len(kept_prompt) < len(prompt):
+        assert longest == max_length or len(kept_prompt) == most_prompt
+
+
+def test_a_pair_that_fits_is_not_cut(folder, encoder):
+    row = {"prompt": "Who bakes?", "chosen": "Anna.", "rejected": "Nobody at all."}
+    (pair,) = prepared(folder, encoder, [row]).train
+    longest = max(len(segment) for segment in pair.segments)
+    exact = prepared(folder, encoder, [row], DPOConfig(max_length=longest))
+    assert exact.report["answers_cut"] == 0
+    assert exact.fingerprint() == prepared(folder, encoder, [row]).fingerprint()
+    assert prepared(folder, encoder, [row], DPOConfig(max_length=longest - 1)).fingerprint() != exact.fingerprint()
+
+
+def test_cut_answers_are_counted_and_end_without_an_end_token(folder, encoder):
+    rows = [
+        {"prompt": "Who?", "chosen": "Anna bakes it all.", "rejected": "Nobody bakes it, ever."},
+        {"prompt": "Who?", "chosen": "A.", "rejected": "B."},
+        {"prompt": "Who?", "chosen": "A.", "rejected": "Bob bakes at night."},
+    ]
+    data = prepared(folder, encoder, rows, DPOConfig(max_completion_length=5))
+    assert data.report["answers_cut"] == 3
+    ends = [encoder.end_token_id in segment.ids[segment.scored] for pair in data.train for segment in pair.segments]
+    assert ends == [False, False, True, True, True, False]
+
+
+def test_answers_that_differ_only_behind_the_cut_are_dropped_and_counted(folder, encoder):
+    """Both sides would be the same tokens: nothing to prefer."""
+    rows = [
+        {"prompt": "Who?", "chosen": "Anna bakes all the bread.", "rejected": "Anna bakes all the cake."},
+        {"prompt": "Who?", "chosen": "A.", "rejected": "B."},
+    ]
+    data = prepared(folder, encoder, rows, DPOConfig(max_completion_length=5))
+    assert [pair.row for pair in data.train] == [1]
+    assert sum(count for name, count in data.report.items() if name.startswith("dropped_because")) == 1
+
+
+# Holding out (trap 36)
+
+
+@PROPERTY
+@given(questions=st.lists(st.sampled_from("abcdefg"), min_size=2, max_size=12), fraction=st.floats(0.05, 0.9))
+def test_no_prompt_is_on_both_sides(folder, encoder, questions, fraction):
+    rows = [
+        {"prompt": question + " " * (n % 2), "chosen": f"yes {n}", "rejected": f"no {n}"} for n, question in enumerate(questions)
+    ]
+    path = write_jsonl(folder / "split.jsonl", rows)
+    config = PreferenceDatasetConfig(dataset_name=str(path), eval_fraction=fraction)
+    held_out = {pair.prompt[0]["content"].strip() for pair in held_out_pairs(config)}
+    try:
+        data = prepare_preferences(config, DPOConfig(), encoder)
+    except UserError:
+        assert held_out == set(questions)
+        return
+    trained_on = {questions[pair.row] for pair in data.train}
+    assert not trained_on & held_out
+    assert trained_on | held_out == set(questions)
+    assert {questions[pair.row] for pair in data.evaluation} == held_out
+
+
+def test_the_same_question_in_another_layout_is_held_out_too(folder, encoder):
+    """What decides is the prompt, not how the row spells it."""
+    path = write_jsonl(
+        folder / "layouts.jsonl",
+        [
+            {"chosen": f"\n\nHuman: {q}?\n\nAssistant: Yes.", "rejected": f"\n\nHuman: {q}?\n\nAssistant: No."}
+            if hh
+            else {"chosen": [user(f"{q}?"), assistant("Yes.")], "rejected": [user(f"{q}?"), assistant("No.")]}
+            for q in "abcdefghij"
+            for hh in (True, False)
+        ],
+    )
+    config = PreferenceDatasetConfig(dataset_name=str(path), eval_fraction=0.5)
+    data = prepare_preferences(config, DPOConfig(), encoder)
+    assert 0 < len(data.evaluation) < 20
+    assert len({pair.row // 2 for pair in data.evaluation}) * 2 == len(data.evaluation)
+
+
+def test_a_prompt_of_the_eval_split_is_not_trained_on(tmp_path, encoder):
+    from datasets import Dataset, DatasetDict
+
+    parts = {"train": "abc", "test": "cd"}
+    rows = {name: [{"prompt": q, "chosen": f"{name} {q}", "rejected": "No."} for q in qs] for name, qs in parts.items()}
+    DatasetDict({name: Dataset.from_list(part) for name, part in rows.items()}).save_to_disk(tmp_path)
+    config = PreferenceDatasetConfig(dataset_name=str(tmp_path), eval_split="test")
+    data = prepare_preferences(config, DPOConfig(), encoder)
+    assert [rows["train"][pair.row]["prompt"] for pair in data.train] == ["a", "b"]
+    assert [pair.prompt[0]["content"] for pair in held_out_pairs(config)] == ["c", "d"]
+    assert data.report["dropped_because_held_out_too"] == 1
+    assert data.report["eval_examples"] == 2
+
+
+# Real files
+
+
+def test_real_dialogues_of_hh_rlhf_go_through(shared_data, encoder):
+    """Against a reading of our own: split at the last `Assistant:` and compare. 2,312 rows give 2,303 pairs."""
+    path = shared_data / "preference/hh-rlhf-harmless-base/test.jsonl.gz"
+    config = PreferenceDatasetConfig(dataset_name=str(path))
+    rows = load_rows(config, "preferences", "train")
+    found = [read_pair(rows, i, config) for i in range(len(rows))]
+    reasons = Counter(pair for pair in found if isinstance(pair, str))
+    assert (len(found), reasons) == (2312, {"prompts_differ": 5, "answer_empty": 4})
+    for row, pair in zip(rows.rows, found, strict=True):
+        (prompt, chosen), (other, rejected) = (row[side].rsplit("\n\nAssistant:", 1) for side in ("chosen", "rejected"))
+        assert isinstance(pair, Pair) == (prompt.strip() == other.strip() and all((chosen.strip(), rejected.strip())))
+        if isinstance(pair, Pair):
+            assert (pair.chosen, pair.rejected) == (chosen.strip(), rejected.strip())
+            assert len(pair.prompt) == prompt.count("\n\nHuman:") + prompt.count("\n\nAssistant:")
+    data = prepare_preferences(config.model_copy(update={"max_rows": 100}), DPOConfig(max_length=4096), encoder)
+    for example in data.train:
+        pair = found[example.row]
+        assert isinstance(pair, Pair)
+        assert read(encoder, example)[1:] == (f"{pair.chosen}<|im_end|>", f"{pair.rejected}<|im_end|>")
+    assert data.report["answers_cut"] == 0
+
+
+def test_real_instructions_with_two_answers_go_through(shared_data, encoder):
+    """rasbt's {instruction, input, output, rejected, chosen}: 1,100 rows, 6 of them with chosen == rejected."""
+    path = shared_data / "preference/rasbt-ch07/instruction-data-with-preference.json"
+    config = PreferenceDatasetConfig(dataset_name=str(path), eval_fraction=0.1)
+    data = prepare_preferences(config, DPOConfig(), encoder)
+    assert data.report["rows_read"] == 1100
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    kept = {pair.row for pair in [*data.train, *data.evaluation]}
+    assert {i for i in range(1100) if i not in kept} == {i for i, row in enumerate(rows) if row["chosen"] == row["rejected"]}
+    assert len(kept) == 1094
+    for pair in data.train[::100]:
+        row = rows[pair.row]
+        prompt, chosen, rejected = read(encoder, pair)
+        assert row["instruction"] in prompt
+        assert row["input"] in prompt
+        assert (chosen, rejected) == (f"{row['chosen']}<|im_end|>", f"{row['rejected']}<|im_end|>")

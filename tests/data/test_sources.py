@@ -1,0 +1,356 @@
+"""Rows from files and the hub: every format reads the same, and every bad input is one line that says where it is."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modern_llm.config import (
+    DPOConfig,
+    InstructionDatasetConfig,
+    LanguageModelingDatasetConfig,
+    PreferenceDatasetConfig,
+    UserError,
+)
+from modern_llm.data.instruction_datasets import prepare_instructions
+from modern_llm.data.lm_datasets import prepare_documents
+from modern_llm.data.preference_datasets import prepare_preferences
+from modern_llm.data.sources import Rows, is_held_out, load_rows, prompt_hash
+
+ROWS = [{"text": "Eins, zwei", "note": "a"}, {"text": 'drei "vier"\nfünf', "note": "b"}, {"text": " sechs", "note": "c"}]
+
+
+@pytest.fixture(autouse=True)
+def _tables_are_cached_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def load(path: Path | str, split: str = "train", **fields: Any) -> Rows:
+    return load_rows(LanguageModelingDatasetConfig(dataset_name=str(path), **fields), "text", split)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def refusal(action: Callable[[], object]) -> str:
+    """The one line that the user reads."""
+    with pytest.raises(UserError) as refused:
+        action()
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+# Formats
+
+
+def _jsonl(rows: list[dict]) -> bytes:
+    return b"\n\n".join(json.dumps(row).encode() for row in rows)  # an empty line is no row
+
+
+def _json(rows: list[dict]) -> bytes:
+    return json.dumps(rows, ensure_ascii=False, indent=1).encode()
+
+
+def _csv(rows: list[dict]) -> bytes:
+    lines = [",".join('"' + str(value).replace('"', '""') + '"' for value in row.values()) for row in rows]
+    return "\n".join([",".join(rows[0]), *lines, ""]).encode()
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize(("suffix", "encode"), [("jsonl", _jsonl), ("json", _json), ("csv", _csv)])
+def test_the_same_rows_come_from_every_text_format(tmp_path, suffix, encode, zipped):
+    content = encode(ROWS)
+    path = write(tmp_path / f"rows.{suffix}{'.gz' * zipped}", gzip.compress(content) if zipped else content)
+    assert load(path).rows == ROWS
+
+
+def test_the_same_rows_come_from_parquet(tmp_path):
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(ROWS).to_parquet(path)
+    assert load(path).rows == ROWS
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_name_may_hold_what_a_pattern_would_read_otherwise(tmp_path, suffix):
+    path = tmp_path / f"rows [1]*.{suffix}"
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_csv(path) if suffix == "csv" else table.to_parquet(path)
+    assert [row["note"] for row in load(path).rows] == ["a", "b", "c"]
+
+
+def test_the_cells_of_a_csv_are_text_whatever_they_look_like(tmp_path):
+    path = write(tmp_path / "rows.csv", "question,answer\n1 + 1?,2\nIs it?,NA\nWhat?,\nReally?,None\n")
+    assert [row["answer"] for row in load(path).rows] == ["2", "NA", "", "None"]
+
+
+def test_a_csv_that_has_changed_is_read_again(tmp_path):
+    path = write(tmp_path / "rows.csv", "text\na\n")
+    assert load(path).rows == [{"text": "a"}]
+    write(path, "text\nb\n")
+    assert load(path).rows == [{"text": "b"}]
+
+
+def test_a_text_file_is_one_document_or_is_split_at_the_separator(tmp_path):
+    path = write(tmp_path / "a.txt", "One.\n\nStill one.\n---\n\nTwo.\n---\n---\n  \n---\nThree.")
+    assert [row["text"] for row in load(path).rows] == [path.read_text().strip()]
+    rows = load(path, document_separator="---")
+    assert [row["text"] for row in rows.rows] == ["One.\n\nStill one.", "Two.", "Three."]
+    assert [rows.place(i) for i in range(3)] == [f"{path}, line 1", f"{path}, line 5", f"{path}, line 11"]
+
+
+def test_a_text_file_fills_the_column_that_the_config_names(tmp_path):
+    assert load(write(tmp_path / "a.txt", "One."), text_field="story").rows == [{"story": "One."}]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_line_separators_of_unicode_end_no_line(tmp_path, suffix):
+    """Only line feeds do, in jsonl by definition and in text as every editor counts."""
+    text = "a\u2028b\x0cc\x85d"
+    content = text if suffix == "txt" else json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "x"}\n'
+    rows = load(write(tmp_path / f"a.{suffix}", content + ("\n---\nx" if suffix == "txt" else "")), document_separator="---")
+    assert [row["text"] for row in rows.rows] == [text, "x"]
+    assert rows.place(1).endswith("line 3" if suffix == "txt" else "line 2")
+
+
+def test_folders_saved_by_datasets_give_their_splits(tmp_path):
+    parts = {"train": datasets.Dataset.from_list(ROWS[:2]), "test": datasets.Dataset.from_list(ROWS[2:])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
+    assert load(tmp_path / "two").rows == ROWS[:2]
+    assert load(tmp_path / "two", "test").rows == ROWS[2:]
+    assert load(tmp_path / "two", "test").place(0) == f"{tmp_path / 'two'}[test] row 0"
+    assert "has ['test', 'train']" in refusal(lambda: load(tmp_path / "two", "dev"))
+
+
+def test_a_folder_with_one_saved_split_is_that_split_and_no_other(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert load(tmp_path / "one").rows == ROWS
+    assert "split='test'" in refusal(lambda: load(tmp_path / "one", "test"))
+
+
+def test_max_rows_takes_the_first(tmp_path):
+    path = write(tmp_path / "a.jsonl", _jsonl(ROWS))
+    assert load(path, max_rows=2).rows == ROWS[:2]
+    assert load(path, max_rows=9).rows == ROWS
+
+
+# Places
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", b'\n{"text": "a"}\n\n{"text": "b"}\n', "line 4"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"}]', "row 1"),
+        ("a.csv", b"text\na\nb\n", ("row 1", "line 3")),
+    ],
+)
+def test_a_row_names_itself(tmp_path, name, content, place):
+    path = write(tmp_path / name, content)
+    places = place if isinstance(place, tuple) else (place,)
+    assert load(path).place(1) in [f"{path}, {place}" for place in places]
+
+
+# Bad files
+
+GZ = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(60)), mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"text": "a"}\n' * 6 + '{"text": \n', ["line 7", "not JSON"]),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', ["line 2", "must be an object, not list"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["cannot be read"]),
+        ("a.jsonl", "", ["no rows"]),
+        ("a.jsonl", "\n \n", ["no rows"]),
+        ("a.json", '{"text": "a"}', ["must hold a list of objects"]),
+        ("a.json", '[{"text": "a"}, 3]', ["must hold a list of objects"]),
+        ("a.json", '[{"text": "a"},\n', ["not JSON", "line 2"]),
+        ("a.json", "", ["not JSON"]),
+        ("a.json", "[]", ["no rows"]),
+        ("a.txt", "", ["no rows"]),
+        ("a.txt", b"\xff\xfe\x00", ["cannot be read"]),
+        ("a.csv", "", ["a.csv"]),
+        ("a.csv", "text\n", ["a.csv"]),
+        ("a.csv", "text,b\na,b\na,b,c\n", ["line 3"]),
+        ("a.parquet", "PAR1", ["cannot be read as .parquet"]),
+        ("a.xml", "<a/>", ["must end in .jsonl, .json, .txt, .csv, .parquet"]),
+        ("a.jsonl.gz", '{"text": "a"}', ["cannot be read", "Not a gzipped file"]),
+        ("a.jsonl.gz", GZ[:-20], ["cannot be read"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else repr(value)[:30],
+)
+def test_a_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path, name, content, expected):
+    path = write(tmp_path / name, content)
+    message = refusal(lambda: load(path))
+    assert str(path) in message
+    for words in expected:
+        assert words in message
+
+
+@pytest.mark.parametrize("at", range(10, len(GZ) - 12, 9))
+def test_no_damage_to_a_zipped_file_escapes_as_another_error(tmp_path, at):
+    path = write(tmp_path / "a.jsonl.gz", GZ[:at] + bytes([GZ[at] ^ 64]) + GZ[at + 1 :])
+    assert str(path) in refusal(lambda: load(path))
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.txt.gz", "a/absent.parquet"])
+def test_a_missing_file_is_named(tmp_path, name):
+    assert refusal(lambda: load(tmp_path / name)) == f"dataset_name={str(tmp_path / name)!r}: no such file"
+    assert "no such file" in refusal(lambda: load(name))
+
+
+def test_a_file_has_the_one_split_train(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}')
+    message = refusal(lambda: load(path, "test"))
+    assert "split='test'" in message
+    assert str(path) in message
+
+
+def test_a_folder_that_datasets_did_not_save_is_named(tmp_path):
+    assert str(tmp_path) in refusal(lambda: load(tmp_path))
+
+
+def test_an_unknown_built_in_name_is_answered_with_the_one_there_is():
+    assert refusal(lambda: load("builtin:town")).endswith("the only built-in data set is 'builtin:village'")
+    assert "choose one of train, test" in refusal(lambda: load("builtin:village", "dev"))
+
+
+# Bad rows: what each kind of data set says of them
+
+BAD_ROWS = [
+    ("text", [{"text": "a"}, {"txt": "b"}], ["line 2", "no column 'text'", "txt"]),
+    ("text", [{"text": 7}], ["line 1", "'text' must be text, not int"]),
+    ("text", [{"text": None}], ["line 1", "'text' must be text, not NoneType"]),
+    ("instructions", [{"prompt": "a", "completion": "b"}, {"question": "a"}], ["line 2", "question", "answer"]),
+    ("instructions", [{"prompt": "a", "completion": ["b"]}], ["line 1", "'completion' must be text, not list"]),
+    ("instructions", [{"instruction": "a", "input": 5, "output": "b"}], ["line 1", "'input' must be text, not int"]),
+    ("instructions", [{"messages": None}], ["line 1", "'messages'"]),
+    ("instructions", [{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}], ["message 1", "role"]),
+    ("instructions", [{"messages": [{"role": "user", "content": None}]}], ["line 1", "'messages' message 0", "content"]),
+    ("instructions", [{"messages": [{"role": ["user"], "content": "a"}]}], ["line 1", "'messages' message 0", "role"]),
+    ("instructions", [{"messages": [{"role": "user", "content": "half \ud83d"}]}], ["line 1", "'messages' message 0"]),
+    ("preferences", [{"prompt": "a", "chosen": "b"}], ["line 1", "no column 'rejected'", "prompt, chosen"]),
+    ("preferences", [{"prompt": "a", "chosen": "b", "rejected": 3}], ["line 1", "'rejected' must be text", "int"]),
+    ("preferences", [{"prompt": "a", "chosen": "b", "rejected": None}], ["line 1", "'rejected' must be text", "NoneType"]),
+    ("preferences", [{"prompt": "a", "chosen": [], "rejected": "b"}], ["line 1", "'chosen'", "empty"]),
+    ("preferences", [{"prompt": "a", "chosen": {"role": "assistant"}, "rejected": "b"}], ["line 1", "'chosen' must be text", "dict"]),
+    ("preferences", [{"prompt": 4, "chosen": "a", "rejected": "b"}], ["line 1", "'prompt' must be text, not int"]),
+    ("preferences", [{"chosen": "a", "rejected": "b"}], ["line 1", "no prompt", "set prompt_field"]),
+    ("preferences", [{"prompt": "a", "chosen": "b", "rejected": [{"role": "x", "content": "c"}]}], ["'rejected' message 0"]),
+]  # fmt: skip
+
+
+def prepare(kind: str, path: Path, encoder: Any, **fields: Any) -> object:
+    name = {"dataset_name": str(path), **fields}
+    if kind == "text":
+        return prepare_documents(LanguageModelingDatasetConfig(**name), encoder.encoder, 32, 0)
+    if kind == "instructions":
+        return prepare_instructions(InstructionDatasetConfig(**name), encoder)
+    return prepare_preferences(PreferenceDatasetConfig(**name), DPOConfig(), encoder)
+
+
+@pytest.mark.parametrize("fields", [{}, {"eval_fraction": 0.5}], ids=["all", "held out"])
+@pytest.mark.parametrize(("kind", "rows", "expected"), BAD_ROWS)
+def test_a_bad_row_is_one_line_with_file_line_and_field(tmp_path, encoder, kind, rows, expected, fields):
+    path = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    message = refusal(lambda: prepare(kind, path, encoder, **fields))
+    assert message.startswith(f"{path}, line ")
+    for words in expected:
+        assert words in message
+
+
+GOOD_ROWS = {
+    "text": {"text": "a"},
+    "instructions": {"prompt": "a", "completion": "b"},
+    "preferences": {"prompt": "a", "chosen": "b", "rejected": "c"},
+}
+
+
+@pytest.mark.parametrize("fields", [{}, {"eval_fraction": 0.5}], ids=["all", "held out"])
+@pytest.mark.parametrize("kind", GOOD_ROWS)
+def test_half_a_character_is_one_line_with_file_line_and_field(tmp_path, encoder, kind, fields):
+    r"""Scraped JSON holds lone surrogates (`\ud83d`), which are no text and have no bytes."""
+    good = GOOD_ROWS[kind]
+    for field in good:
+        path = write(tmp_path / "rows.jsonl", json.dumps(good) + "\n" + json.dumps({**good, field: "half \ud83d"}) + "\n")
+        message = refusal(lambda path=path: prepare(kind, path, encoder, **fields))
+        assert message.startswith(f"{path}, line 2")
+        assert field in message
+
+
+# Holding out
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), low=st.floats(0, 0.999), high=st.floats(0, 0.999))
+def test_a_larger_fraction_holds_out_what_a_smaller_one_does(text, low, high):
+    low, high = sorted((low, high))
+    assert is_held_out(prompt_hash(text), high) or not is_held_out(prompt_hash(text), low)
+    assert not is_held_out(prompt_hash(text), 0.0)
+    assert prompt_hash(text) == prompt_hash(f"  {text}\n")
+
+
+def test_the_fraction_is_the_share_that_is_held_out():
+    share = sum(is_held_out(prompt_hash(f"prompt {i}"), 0.2) for i in range(5000)) / 5000
+    assert 0.18 < share < 0.22
+
+
+def test_who_is_held_out_is_the_same_on_every_machine():
+    assert prompt_hash("Who bakes?") == 0xE6F773BBE63B8888  # printf "Who bakes?" | sha256sum
+
+
+# The hub
+
+NO_SUCH = "no-such-organisation/no-such-thing"
+ASK = """
+from modern_llm.config import LanguageModelingDatasetConfig, UserError
+from modern_llm.data.sources import load_rows
+
+def refused(ask):
+    try:
+        ask()
+    except UserError as error:
+        print("refused:", error)
+
+refused(lambda: load_rows(LanguageModelingDatasetConfig(dataset_name=NAME), "text", "train"))
+"""
+ASK_FOR_ALL = """
+from modern_llm.data.tokenizer import load_tokenizer
+from modern_llm.models.build import load_model
+
+refused(lambda: load_tokenizer(NAME))
+refused(lambda: load_model(NAME, "sft_checkpoint"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("questions", "environment"),
+    [(ASK, {"HF_HUB_OFFLINE": "1"}), (ASK + ASK_FOR_ALL, {"HF_ENDPOINT": "http://127.0.0.1:9"})],
+    ids=["told to stay offline", "nobody answers"],
+)
+def test_a_hub_name_without_a_network_is_refused_soon(tmp_path, questions, environment):
+    """A closed port stands for no network; the limit is only there to stop `huggingface_hub`'s retries, 24 s for each name."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    command = [sys.executable, "-c", f"NAME = {NO_SUCH!r}{questions}"]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env={**clean, "HF_HOME": str(tmp_path), **environment}, timeout=20
+    )
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("refused: ")]
+    fields = ["dataset_name", "tokenizer_name", "sft_checkpoint"][: 1 if questions == ASK else 3]
+    assert len(lines) == len(fields), ran.stderr
+    for line, field in zip(lines, fields, strict=True):
+        assert f"{field}='{NO_SUCH}'" in line
+        assert "network" in line

@@ -1,0 +1,88 @@
+"""Numbers of the report against hand arithmetic and the oracle."""
+
+import math
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from helpers import random_examples, sample, sharpened, tiny_model
+from transformers import PreTrainedTokenizerFast
+
+from modern_llm.config import DPOConfig
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.preference_datasets import Pair
+from modern_llm.evaluation.generation import greedy_answers, kl_divergence
+from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_wins, wilson_interval, win
+from modern_llm.models.policy import Policy
+from modern_llm.report.table import markdown
+
+PROMPTS = [[{"role": "user", "content": text}] for text in ("The cat", "Why does the moon follow the car?", "No.")]
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_tokens_whatever_the_batch(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model(tokenizer)
+    examples = random_examples((9, 2, 30))
+    values = oracle.float64_copy(model)
+    logprobs = [float(v.detach()) for e in examples for v in oracle.token_logprobs(values, sample(e.segments[0]))]
+    wanted = math.exp(-sum(logprobs) / len(logprobs))
+    policy = Policy(model)
+    assert perplexity(policy, examples, 1) == pytest.approx(wanted, rel=1e-5)
+    assert perplexity(policy, examples, 3) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_greedy_answers_of_a_batch_equal_those_of_each_prompt_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = sharpened(tiny_model(tokenizer)).eval()
+    encoder = ChatEncoder(tokenizer)
+    batch = greedy_answers(model, encoder, PROMPTS, max_new_tokens=8, batch_size=3)
+    for prompt, answer in zip(PROMPTS, batch, strict=True):
+        ids = encoder.prompt(prompt)
+        for token in answer.ids:  # the most likely token at every step, from the unpadded prefix
+            logits = model(torch.tensor([ids])).logits[0, -1].detach()
+            assert float(logits[token]) == pytest.approx(float(logits.max()), abs=1e-5)
+            ids.append(token)
+
+
+def test_kl_divergence_is_zero_to_itself_and_matches_float64_arithmetic(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, other = (sharpened(tiny_model(tokenizer, seed=seed)).eval() for seed in (0, 1))
+    encoder = ChatEncoder(tokenizer)
+    answers = greedy_answers(model, encoder, PROMPTS, max_new_tokens=4, batch_size=3)
+    assert kl_divergence(model, model, answers) == 0.0
+    total, tokens = 0.0, 0
+    for answer in answers:
+        ids = torch.tensor([answer.prompt_ids + answer.ids])
+        p, q = (m.double()(ids).logits[0].softmax(-1) for m in (model, other))
+        for t in range(len(answer.prompt_ids) - 1, ids.shape[1] - 1):
+            total += float((p[t] * (p[t] / q[t]).log()).sum().detach())
+            tokens += 1
+    model.float()
+    other.float()
+    assert kl_divergence(model, other, answers) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_model_ties_with_itself_on_every_pair(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    pairs = [Pair(prompt, "Yes, of course.", "No.") for prompt in PROMPTS]
+    policy, reference = Policy(tiny_model(tokenizer)), Policy(tiny_model(tokenizer))
+    assert preference_wins(policy, reference, pairs, DPOConfig(), ChatEncoder(tokenizer), 2) == [0.5, 0.5, 0.5]
+
+
+def test_ties_count_half() -> None:
+    assert [win(0.2), win(-0.2), win(0.0)] == [1.0, 0.0, 0.5]
+
+
+def test_length_baselines_count_tokens_and_add_up_to_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [Pair(PROMPTS[0], *sides) for sides in (("No. No.", "No."), ("No.", "No. No."), ("No.", "No."), ("No.", "No. No."))]
+    assert length_baselines(pairs, ChatEncoder(tokenizer)) == {"longer_wins": 1.5 / 4, "shorter_wins": 2.5 / 4}
+
+
+def test_the_wilson_interval_of_60_out_of_100() -> None:
+    """(0.6 + 1.9208/100) / 1.038416 = 0.596301; half width 1.96/1.038416 · √(0.0024 + 0.00009604) = 0.094302."""
+    low, high = wilson_interval(0.6, 100)
+    assert low == pytest.approx(0.596301 - 0.094302, abs=1e-5)
+    assert high == pytest.approx(0.596301 + 0.094302, abs=1e-5)
+
+
+def test_the_table_leaves_out_what_no_stage_measured() -> None:
+    table = markdown({"pretrain": {"perplexity": 3.14159}, "dpo": {"perplexity": 3.0, "preference_accuracy": 0.987}})
+    assert table.splitlines()[0] == "| stage | perplexity, held-out text | preference accuracy |"
+    assert table.splitlines()[2:] == ["| pretrain | 3.14 | – |", "| dpo | 3.00 | 98.7% |"]

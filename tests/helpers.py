@@ -1,0 +1,201 @@
+"""What many tests build: a tiny tokenizer, tiny models, rows with known tokens, runs that stop, what a run left behind."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modern_llm.config import ModelConfig, TrainingConfig, resolve
+from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.data.tokenizer import train_tokenizer
+from modern_llm.layout import PackedRow, Segment, pack
+from modern_llm.metrics import RunLog
+from modern_llm.models.build import build_model
+from modern_llm.models.policy import Policy
+from modern_llm.objectives import LanguageModelingObjective, Objective
+from modern_llm.training import stage
+from modern_llm.training.loop import Loop
+from modern_llm.training.optim import Optimizer
+
+SENTENCES = (
+    "The cat sat on the mat near the door.",
+    "A dog ran over the hill and back again.",
+    "She sells bread, he bakes cakes, they eat both.",
+    "Rain fell on the roof all night long, and the river rose.",
+    "Why does the moon follow the car when we drive home?",
+    "Two and two make four; four and four make eight.",
+    "The baker's daughter counted seven swans on the lake at dawn.",
+    "No.",
+)
+ARCHITECTURES = ("qwen3", "llama", "qwen3_moe", "gpt_oss")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(SENTENCES, vocab_size=300)
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64, **changes}
+    return build_model(ModelConfig(**shape), tokenizer, seed)
+
+
+def sharpened(model: PreTrainedModel, factor: float = 4.0) -> PreTrainedModel:
+    """Random weights make nearly uniform attention, in which a wrong mask hides; larger ones do not. Sinks get values too."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim >= 2:
+                parameter.mul_(factor)
+            elif "bias" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def save_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """A plain Hugging Face folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def random_segment(seed: int, length: int, scored: Sequence[bool] | bool = True, vocab: int = 256) -> Segment:
+    ids = np.random.default_rng(seed).integers(0, vocab, length).astype(np.int32)
+    return Segment(ids, np.broadcast_to(np.array(scored), (length,)).copy())
+
+
+def random_examples(lengths: Sequence[int]) -> list[Example]:
+    """One segment each, of these lengths, every token of which counts."""
+    return [Example((random_segment(i, length),), row=i) for i, length in enumerate(lengths)]
+
+
+def sample(segment: Segment) -> tuple[list[int], list[bool]]:
+    """A segment as the oracle takes it."""
+    return segment.ids.tolist(), segment.scored.tolist()
+
+
+def whole_row(examples: Sequence[Example]) -> PackedRow:
+    return pack([segment for example in examples for segment in example.segments])
+
+
+def make_loop(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    folder: Path,
+    *,
+    objective: Objective | None = None,
+    evaluation: Sequence[Example] = (),
+    world_size: int = 1,
+    save: Any = lambda step, state: None,
+    **settings: Any,
+) -> Loop:
+    """The real loop over given examples: fp32, AdamW, a log line for each step."""
+    settings = {"optimizer": "adamw", "warmup_steps": 0, "log_every": 1, "mixed_precision": "fp32", **settings}
+    config = resolve(TrainingConfig(output_dir=folder, run_name="run", **settings), "sft", world_size, len(examples))
+    assert config.max_steps is not None
+    data = PreparedData(list(examples), list(evaluation))
+    log = RunLog(folder, "run", config.max_steps, 0, ())
+    return Loop(Policy(model), objective or LanguageModelingObjective(), data, config, torch.float32, log, save)
+
+
+@contextmanager
+def stopped_after_first_save() -> Iterator[None]:
+    """A run inside ends like a killed one, right after its first periodic checkpoint was written."""
+
+    class StoppingLoop(Loop):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            save = self.save
+
+            def save_and_stop(step: int, state: dict[str, Any]) -> None:
+                save(step, state)
+                raise KeyboardInterrupt
+
+            self.save = save_and_stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "Loop", StoppingLoop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@contextmanager
+def recorded_loops() -> Iterator[list[Loop]]:
+    """The loops that runs inside make."""
+    loops: list[Loop] = []
+
+    class RecordedLoop(Loop):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            loops.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "Loop", RecordedLoop)
+        yield loops
+
+
+@contextmanager
+def recorded_gradients() -> Iterator[list[dict[str, Tensor]]]:
+    """{name: gradient} of every optimizer step taken inside, as the optimizer got it: summed and clipped."""
+    steps: list[dict[str, Tensor]] = []
+    original = Optimizer.step
+
+    def step(self: Optimizer) -> None:
+        named = self.groups.all.items()
+        steps.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named})
+        original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", step)
+        yield steps
+
+
+def relative_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """‖got − wanted‖ / ‖wanted‖ over all tensors together."""
+    assert got.keys() == wanted.keys()
+    difference = sum(float((got[name].double() - wanted[name].double()).square().sum()) for name in wanted)
+    return (difference / sum(float(wanted[name].double().square().sum()) for name in wanted)) ** 0.5
+
+
+def largest_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    assert got.keys() == wanted.keys()
+    return max(float((got[name].double() - wanted[name].double()).abs().max()) for name in wanted)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """What a checkpoint folder holds, tied weights once."""
+    return load_file(folder / "model.safetensors")
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def identical(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    """Equal to the last bit."""
+    return got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def metric_lines(output_dir: Path) -> list[dict[str, Any]]:
+    """`metrics.jsonl` without what depends on the clock."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("time", "tokens_per_second")} for line in lines]
+
+
+def logged(output_dir: Path, name: str) -> list[float]:
+    """One metric of every line that has it."""
+    return [line[name] for line in metric_lines(output_dir) if name in line]

@@ -1,0 +1,215 @@
+"""The policy over hub families as plain folders: equal to the oracle, or refused by name; dropout; gradient checkpointing."""
+
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from helpers import ARCHITECTURES, random_segment, relative_error, sample, sharpened, tiny_model
+from tolerances import GRADIENT, SPLIT_GRADIENT, TOKEN_LOGPROB
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhimoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from modern_llm.config import UserError
+from modern_llm.layout import Segment, pack
+from modern_llm.models.build import load_model
+from modern_llm.models.policy import Policy, disable_dropout
+
+VOCAB = 300
+WINDOW = 16
+"""Longer than the sequences on which a policy checks itself, shorter than those here."""
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+}  # fmt: skip
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
+LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": WINDOW}
+"""Its attention sees chunks, and its body is not reached as other families' is."""
+
+
+def gpt2(rate: float = 0.0) -> GPT2Config:
+    shape = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2Config(**shape, resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate)
+
+
+def families(rate: float = 0.0) -> dict[str, PreTrainedConfig]:
+    """Fresh configs (a model changes its own), with this probability wherever the family drops something out."""
+    return {
+        "llama": LlamaConfig(**GROUPED, attention_dropout=rate),
+        "gpt2": gpt2(rate),
+        "gpt_neox": GPTNeoXConfig(**SHAPE, attention_dropout=rate, hidden_dropout=rate),
+        "mistral": MistralConfig(**GROUPED, sliding_window=WINDOW, attention_dropout=rate),
+        "gemma2": Gemma2Config(
+            **GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0, attention_dropout=rate,
+        ),
+        "phi3": Phi3Config(**GROUPED, attention_dropout=rate, resid_pdrop=rate, embd_pdrop=rate),
+        "phimoe": PhimoeConfig(**GROUPED, num_local_experts=4, sliding_window=WINDOW),
+        "olmo2": Olmo2Config(**GROUPED, attention_dropout=rate),
+        "granite": GraniteConfig(**GROUPED, logits_scaling=4.0, attention_dropout=rate),
+        "opt": OPTConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32,
+            max_position_embeddings=64, dropout=rate, attention_dropout=rate,
+        ),
+    }  # fmt: skip
+
+
+OWN_HEAD = {"gemma2", "granite"}
+"""Families whose logits are more than a product: a soft cap, a scale."""
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def segments() -> list[Segment]:
+    """A short one, one of a single token, and two longer than the window."""
+    return [
+        random_segment(0, 3),
+        random_segment(1, 30),
+        random_segment(2, 1),
+        random_segment(3, 20, [t > 6 for t in range(20)]),
+    ]
+
+
+def folder_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    sharpened(random_model(config)).save_pretrained(folder)
+    return load_model(folder)
+
+
+@pytest.mark.parametrize("family", families())
+def test_hub_families_equal_the_oracle_in_logprobs_and_gradients(family: str, tmp_path: Path) -> None:
+    model = folder_model(families()[family], tmp_path)
+    slow = oracle.float64_copy(model)
+    wanted = torch.stack([value for segment in segments() for value in oracle.token_logprobs(slow, sample(segment))])
+    policy = Policy(model)
+    assert policy.plain_head == (family not in OWN_HEAD)
+    got = policy(pack(segments())).logprobs
+    assert float((got.double() - wanted).abs().max().detach()) <= TOKEN_LOGPROB
+    got.sum().backward()
+    fast = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    assert relative_error(fast, oracle.gradients(slow, wanted.sum())) <= GRADIENT
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "value"),
+    [
+        ("mistral", "sliding_window", 30),
+        ("phimoe", "sliding_window", 30),
+        ("gemma2", "sliding_window", 30),
+        ("gemma2", "attn_logit_softcapping", None),
+    ],
+)
+def test_the_windows_and_caps_of_the_check_above_matter(family: str, option: str, value: Any) -> None:
+    """Without them the log-probs are far from equal, so the equality is no accident of small weights."""
+    configs = families()[family], families()[family]
+    setattr(configs[1], option, value)
+    with torch.no_grad():
+        one, other = (
+            torch.stack([value for segment in segments() for value in oracle.token_logprobs(model, sample(segment))])
+            for model in (oracle.float64_copy(sharpened(random_model(config))) for config in configs)
+        )
+    assert float((one - other).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("family", sorted(OWN_HEAD))
+def test_a_capped_or_scaled_head_is_seen_in_a_model_whose_logits_are_still_small(family: str) -> None:
+    """Fresh weights give logits near 0, where a soft cap changes nothing yet; as they grow in training it does."""
+    config = families()[family]
+    if family == "gemma2":
+        config.final_logit_softcapping = 30.0
+    assert not Policy(random_model(config)).plain_head
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0], ids=["fresh weights", "sharp weights"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("MambaForCausalLM", MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)),
+        ("BloomForCausalLM", BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)),
+        ("Llama4ForCausalLM", Llama4TextConfig(**LLAMA4)),
+    ],
+)
+def test_what_packing_cannot_do_is_refused_by_name(name: str, config: PreTrainedConfig, scale: float, tmp_path: Path) -> None:
+    sharpened(random_model(config), scale).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{name} cannot be trained on packed rows"):
+        Policy(load_model(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradient_checkpointing_recomputes_to_equal_gradients(
+    architecture: Any, dropout: float, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    gradients, forwards = [], [0, 0]
+    for checkpointing in (0, 1):
+        model = sharpened(tiny_model(tokenizer, architecture=architecture, dropout=dropout))
+        policy = Policy(model).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+        def count(*seen: Any, run: int = checkpointing) -> None:
+            forwards[run] += 1
+
+        model.model.layers[0].mlp.register_forward_pre_hook(count)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            policy(pack(segments())).logprobs.sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert forwards == [1, 2]
+    assert relative_error(gradients[1], gradients[0]) <= SPLIT_GRADIENT
+
+
+@pytest.mark.parametrize("family", sorted(families().keys() - {"phimoe"}))  # which draws its experts at random in train mode
+def test_disable_dropout_makes_train_mode_equal_eval_mode(family: str) -> None:
+    model = random_model(families(0.5)[family])
+    policy, row = Policy(model), pack(segments())
+    with torch.no_grad():
+        quiet = policy.eval()(row).logprobs
+        assert not torch.equal(policy.train()(row).logprobs, quiet), "dropout of 0.5 must show in train mode"
+        disable_dropout(model)
+        assert torch.equal(policy.train()(row).logprobs, quiet)
+
+
+def test_the_check_moves_no_random_state_and_leaves_the_mode(tokenizer: PreTrainedTokenizerFast) -> None:
+    for training in (True, False):
+        model = tiny_model(tokenizer, dropout=0.5).train(training)
+        before = torch.get_rng_state()
+        policy = Policy(model)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert model.training == policy.model.training == training
+
+
+def test_an_empty_set_of_targets_gives_empty_scores_that_a_gradient_can_pass(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = Policy(tiny_model(tokenizer))
+    scores = policy(pack([random_segment(0, 4, scored=False)]))
+    assert scores.logprobs.shape == scores.correct.shape == (0,)
+    scores.logprobs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
+
+
+def test_the_saved_config_does_not_name_the_packed_attention(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A folder that named it would load nowhere else."""
+    Policy(tiny_model(tokenizer)).model.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text(encoding="utf-8")

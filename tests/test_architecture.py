@@ -1,0 +1,151 @@
+"""The floors of the house: a module imports only from lower floors or its own folder; nothing loads a pickle."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "modern_llm"
+
+FLOORS: list[set[str]] = [
+    {"config"},
+    {"losses"},
+    {"layout", "distributed", "checkpoint", "metrics", "precision", "hub"},
+    {"models", "data"},
+    {"objectives", "evaluation"},
+    {"training", "training.optim", "training.loop", "training.stage"},
+    {"training.train_lm", "training.train_sft", "training.train_dpo"},
+    {"", "pipeline", "report", "cli", "__main__"},  # "" is modern_llm/__init__.py
+]
+
+SIBLINGS = {
+    ("metrics", "checkpoint"),
+    ("metrics", "distributed"),
+    ("evaluation", "objectives"),
+    ("training.loop", "training.optim"),
+    ("training.stage", "training.loop"),
+    ("pipeline", "report"),
+    ("cli", "pipeline"),
+    ("__main__", "cli"),
+    ("", "pipeline"),
+}
+"""(importer, imported) on one floor; everything else on one floor is apart."""
+
+FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."): path for path in FILES
+}
+
+MOST_LINES_OF_A_FILE = 400
+MOST_LINES_OF_A_FUNCTION = 80
+
+
+def unit_of(module: str) -> str:
+    """The entry of the table that a module (without `modern_llm.`) belongs to: the longest that is a prefix of it."""
+    while module not in FLOOR_OF:
+        assert "." in module, f"modern_llm.{module} has no floor: give it one in tests/test_architecture.py"
+        module = module.rpartition(".")[0]
+    return module
+
+
+def imported_modules(module: str, node: ast.AST) -> list[str]:
+    """What an import statement in a module takes from the package, without `modern_llm.`; [] for any other node."""
+    if isinstance(node, ast.Import):
+        return [name.name.partition(".")[2] for name in node.names if name.name.split(".")[0] == "modern_llm"]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    source = node.module or ""
+    if node.level:
+        is_package = MODULES[module].name == "__init__.py"
+        above = ["modern_llm", *filter(None, module.split("."))]
+        above = above[: len(above) - node.level + is_package]
+        source = ".".join([*above, *([source] if source else [])])
+    if source.split(".")[0] != "modern_llm":
+        return []
+    inside = source.partition(".")[2]
+    names = [f"{inside}.{name.name}".lstrip(".") for name in node.names]
+    return [name if name in MODULES else inside for name in names]
+
+
+def package_imports(module: str) -> Iterator[tuple[ast.AST, str]]:
+    """Every import of the package by a module, wherever it stands, except the lazy import of `cli` in a stage's `main`."""
+    tree = TREES[MODULES[module]]
+    lazy = {
+        id(node)
+        for function in tree.body
+        if module.startswith("training.train_") and isinstance(function, ast.FunctionDef) and function.name == "main"
+        for node in ast.walk(function)
+        if imported_modules(module, node) == ["cli"]
+    }
+    for node in ast.walk(tree):
+        for imported in imported_modules(module, node):
+            if id(node) not in lazy:
+                yield node, imported
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_lower_floors_or_its_own_folder(module):
+    unit = unit_of(module)
+    wrong = []
+    for node, imported in package_imports(module):
+        other = unit_of(imported)
+        if other != unit and (unit, other) not in SIBLINGS and FLOOR_OF[other] >= FLOOR_OF[unit]:
+            wrong.append(f"line {node.lineno} imports modern_llm.{imported}")
+    assert not wrong, f"modern_llm.{module} (floor {FLOOR_OF[unit]}): {wrong}"
+
+
+def test_models_and_data_never_import_each_other():
+    assert FLOOR_OF["models"] == FLOOR_OF["data"]
+    assert not {("models", "data"), ("data", "models")} & SIBLINGS
+    pairs = {(unit_of(module), unit_of(imported)) for module in MODULES for _, imported in package_imports(module)}
+    assert not {("models", "data"), ("data", "models")} & pairs
+
+
+def test_every_exception_of_the_table_is_in_use():
+    used = {(unit_of(module), unit_of(imported)) for module in MODULES for _, imported in package_imports(module)}
+    assert used >= SIBLINGS
+
+
+def test_configs_load_neither_torch_nor_datasets_nor_transformers():
+    code = "import sys, modern_llm.config as c; assert c.TrainingConfig(); print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "datasets", "transformers", "numpy"} & set(loaded)
+
+
+def dotted(node: ast.expr) -> str:
+    """`torch.load` for the expression that says so; "" for any other."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_loads_pickles_or_remote_code(path):
+    modules = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    wrong = []
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            wrong += [name.name for name in node.names if name.name.split(".")[0] in modules]
+        elif isinstance(node, ast.ImportFrom):
+            root = (node.module or "").split(".")[0]
+            wrong += [root] if root in modules else []
+            wrong += [f"torch.{name.name}" for name in node.names if root == "torch" and name.name in ("load", "save")]
+        elif isinstance(node, ast.Attribute) and dotted(node) in ("torch.load", "torch.save", "torch.serialization.load"):
+            wrong.append(dotted(node))
+        elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
+            allowed = isinstance(node.value, ast.Constant) and node.value.value is False
+            wrong += [] if allowed else [f"{node.arg}=True"]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES_OF_A_FILE
+    functions = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_FUNCTION} == {}

@@ -1,0 +1,184 @@
+"""Numbers: means over units, the line that people read, a file that a resumed run continues, and real trackers."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modern_llm.metrics import Averages, RunLog, log_line
+
+# Averages
+
+
+def test_a_mean_is_over_units_and_never_of_means():
+    averages = Averages()
+    averages.add("loss", 10.0, 1)  # one token at 10
+    averages.add("loss", 30.0, 99)  # 99 tokens, 30 together
+    assert averages.means() == {"loss": 0.4}
+
+
+def test_what_had_no_units_has_no_mean():
+    averages = Averages()
+    averages.add("loss", 0.0, 0)
+    assert averages.means() == {}
+
+
+def test_a_reading_starts_afresh_after_clear():
+    averages = Averages()
+    averages.add("loss", 2.0, 1)
+    averages.clear()
+    averages.add("loss", 4.0, 1)
+    assert averages.means() == {"loss": 4.0}
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    entries=st.lists(st.tuples(st.sampled_from("ab"), st.floats(-9, 9), st.integers(0, 5)), max_size=8), cut=st.integers(0, 8)
+)
+def test_averages_taken_up_from_their_state_end_the_same(entries, cut):
+    straight, first, resumed = Averages(), Averages(), Averages()
+    for entry in entries:
+        straight.add(*entry)
+    for entry in entries[:cut]:
+        first.add(*entry)
+    resumed.load(json.loads(json.dumps(first.state())))
+    for entry in entries[cut:]:
+        resumed.add(*entry)
+    assert resumed.means() == straight.means()
+
+
+# The line
+
+
+def test_the_log_line_has_exactly_this_head():
+    values = {"loss": 0.45234, "accuracy": 0.725, "lr": 5e-6}
+    assert log_line(100, values) == "step=100 loss=0.4523 accuracy=72.50% lr=5.000e-06"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rewards/margins": -0.00004, "rewards/accuracies": 1.0}, "step=7 rewards/margins=-0.0000 rewards/accuracies=100.00%"),
+        ({"tokens_per_second": 123456.7, "grad_norm": 999.96}, "step=7 tokens_per_second=123457 grad_norm=999.9600"),
+        ({"eval/loss": 2.0, "eval/accuracy": 0.5}, "step=7 eval/loss=2.0000 eval/accuracy=50.00%"),
+        ({"loss": float("nan"), "lr": 0.0}, "step=7 loss=nan lr=0.000e+00"),
+    ],
+)
+def test_whatever_else_there_is_follows_as_key_and_value(values, expected):
+    assert log_line(7, values) == expected
+
+
+# The file
+
+
+def open_log(folder: Path, run: str = "sft", start_step: int = 0, report_to: tuple[str, ...] = ()) -> RunLog:
+    return RunLog(folder, run, 10, start_step, report_to)
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder: Path, run: str = "sft") -> list[int]:
+    return [entry["step"] for entry in entries(folder) if entry["run"] == run]
+
+
+def test_a_line_goes_to_the_console_and_everything_to_the_file(tmp_path, capsys):
+    with open_log(tmp_path) as log:
+        log.log(1, {"loss": 0.5, "lr": 1e-3, "epoch": 0.25}, shown=("loss", "lr", "absent"))
+        log.log(2, {"loss": 0.25})
+        log.message("saved it")
+    assert capsys.readouterr().out == "step=1 loss=0.5000 lr=1.000e-03\nstep=2 loss=0.2500\nsft: saved it\n"
+    written = entries(tmp_path)
+    assert [{k: v for k, v in entry.items() if k != "time"} for entry in written] == [
+        {"run": "sft", "step": 1, "loss": 0.5, "lr": 1e-3, "epoch": 0.25},
+        {"run": "sft", "step": 2, "loss": 0.25},
+    ]
+
+
+def test_what_was_logged_can_be_read_before_the_run_ends(tmp_path):
+    with open_log(tmp_path) as log:
+        log.log(1, {"loss": 0.5})
+        assert steps(tmp_path) == [1]
+
+
+def test_a_resumed_run_drops_its_own_lines_after_the_step_it_resumes_from(tmp_path):
+    with open_log(tmp_path, "pretrain") as log:
+        log.log(9, {"loss": 1.0})
+    with open_log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.log(step, {"loss": 1.0})
+        log.record({"step": 3, "skipped_rows": [4, 5]})
+    with open_log(tmp_path, start_step=2) as log:
+        log.log(3, {"loss": 0.5})
+    assert steps(tmp_path) == [1, 2, 3]
+    assert steps(tmp_path, "pretrain") == [9]
+    assert entries(tmp_path)[-1]["loss"] == 0.5
+
+
+@pytest.mark.parametrize("cut", ['{"run": "sft", "step": 2, "lo', '{"run"', "{"])
+def test_a_cut_last_line_is_dropped(tmp_path, cut):
+    with open_log(tmp_path) as log:
+        log.log(1, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(cut)
+    with open_log(tmp_path, start_step=1) as log:
+        log.log(2, {"loss": 0.5})
+    assert steps(tmp_path) == [1, 2]
+
+
+# Trackers
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    """Trackers set variables of their own; all of them are gone afterwards."""
+    before = dict(os.environ)
+    yield monkeypatch
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_tensorboard_gets_every_value(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_log(tmp_path, report_to=("tensorboard",)) as log:
+        log.log(1, {"loss": 0.5, "rewards/margins": 1.0})
+        log.log(2, {"loss": 0.25})
+    written = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "sft")).Reload()
+    assert [(event.step, event.value) for event in written.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [event.value for event in written.Scalars("rewards/margins")] == [1.0]
+
+
+def test_a_resumed_run_drops_what_tensorboard_has_after_the_step_it_resumes_from(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with open_log(tmp_path, report_to=("tensorboard",)) as log:
+        for step in (1, 2, 3, 4):
+            log.log(step, {"loss": 1.0})
+    with open_log(tmp_path, start_step=2, report_to=("tensorboard",)) as log:
+        log.log(3, {"loss": 0.5})
+    written = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "sft")).Reload()
+    assert [(event.step, event.value) for event in written.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_wandb_writes_a_run_to_disk_without_a_network(tmp_path, clean_environment):
+    wandb = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        clean_environment.delenv(name)
+    clean_environment.setenv("WANDB_MODE", "offline")
+    clean_environment.setenv("WANDB_SILENT", "true")
+    clean_environment.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    clean_environment.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    try:
+        with open_log(tmp_path / "run", report_to=("wandb",)) as log:
+            log.log(1, {"loss": 0.5})
+            log.log(2, {"loss": 0.25})
+    finally:
+        wandb.teardown()
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    (written,) = folder.glob("*.wandb")
+    content = written.read_bytes()
+    assert b"loss" in content
+    assert b"0.25" in content

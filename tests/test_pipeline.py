@@ -1,0 +1,85 @@
+"""The whole pipeline, tiny, through its real stages and its report."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modern_llm import PipelineConfig, load_config, run_pipeline
+from modern_llm.checkpoint import read_manifest
+
+TRAIN = "{batch_size: 8, max_steps: 2, log_every: 1}"
+
+
+def pipeline_file(folder: Path, architecture: str = "qwen3") -> Path:
+    file = folder / "pipeline.yaml"
+    file.write_text(
+        f"""
+output_dir: {folder / "runs"}
+pretrain:
+  model: {{architecture: {architecture}, d_model: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, max_seq_len: 64, vocab_size: 400}}
+  data: {{dataset_name: "builtin:village", eval_split: test, max_rows: 100}}
+  train: {TRAIN}
+sft:
+  data: {{dataset_name: "builtin:village", eval_split: test, max_rows: 50, max_length: 64}}
+  train: {TRAIN}
+dpo:
+  data: {{dataset_name: "builtin:village", eval_split: test, max_rows: 50}}
+  dpo: {{max_length: 64}}
+  train: {TRAIN}
+evaluation: {{max_blocks: 4, max_questions: 4, max_pairs: 8, max_new_tokens: 4}}
+""",
+        encoding="utf-8",
+    )
+    return file
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "gpt_oss"])
+def test_every_architecture_goes_through_the_three_stages(architecture: str, tmp_path: Path) -> None:
+    result = run_pipeline(load_config(PipelineConfig, pipeline_file(tmp_path, architecture)))
+    assert list(result.checkpoints) == ["pretrain", "sft", "dpo"]
+    written = json.loads((result.report.parent / "results.json").read_text(encoding="utf-8"))
+    assert written["stages"] == result.metrics
+    assert result.metrics["sft"]["preference_accuracy"] == 0.5  # against itself, by definition
+    assert result.metrics["sft"]["kl_to_sft"] == 0.0
+    assert set(result.metrics["dpo"]) == {
+        *("perplexity", "right_answers", "preferred_form", "preference_accuracy", "kl_to_sft", "pairs")
+    }
+    for stage, folder in result.checkpoints.items():
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        assert model.generate(**prompt, max_new_tokens=3).shape[1] > prompt["input_ids"].shape[1]
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        assert manifest["stage"] == stage
+    parents = [read_manifest(folder) for folder in result.checkpoints.values()]
+    for child, parent in zip(parents[1:], parents[:-1], strict=True):
+        assert child is not None
+        assert parent is not None
+        assert child["parent"]["weights"] == parent["weights"]  # the chain is closed
+
+
+def test_a_second_run_trains_nothing_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    config = load_config(PipelineConfig, pipeline_file(tmp_path))
+    first = run_pipeline(config)
+    written = {stage: (folder / "model.safetensors").stat().st_mtime_ns for stage, folder in first.checkpoints.items()}
+    again = run_pipeline(config)
+    assert again.metrics == first.metrics
+    assert written == {stage: (folder / "model.safetensors").stat().st_mtime_ns for stage, folder in again.checkpoints.items()}
+    with pytest.raises(ValueError, match=r"train\.seed: 0 there, 1 now"):
+        run_pipeline(config.model_copy(update={"seed": 1}))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        config = load_config(PipelineConfig, pipeline_file(tmp_path / name))
+        config = config.model_copy(update={"seed": seed, "sft": None, "dpo": None})
+        manifest = read_manifest(run_pipeline(config).checkpoints["pretrain"])
+        assert manifest is not None
+        weights.append(manifest["weights"])
+    assert weights[0] == weights[1] != weights[2]

@@ -1,0 +1,24 @@
+"""Every tolerance of the tests, in one table, each with its reason. Nats, unless it says relative."""
+
+TOKEN_LOGPROB = 1e-5
+"""fp32 fast path against the float64 oracle, per token."""
+LOSS = 1e-5
+"""A logged loss (a mean of such tokens, or of pairs) against the oracle's, at every step."""
+GRADIENT = 1e-4
+"""Relative, of the whole gradient vector, fp32 against float64."""
+WEIGHT = 2e-5
+"""Absolute, of any weight after three AdamW steps; weights here are of the order of 0.1."""
+SPLIT_GRADIENT = 1e-6
+"""Relative: the same gradient from other micro-batches or ranks; only the order of fp32 additions differs."""
+SPLIT_WEIGHT = 1e-6
+"""Absolute, of any weight after three steps in other micro-batches or on other ranks."""
+LN_2 = 1e-6
+"""The preference loss before the first update."""
+BF16_LOSS = 1e-3
+"""A logged loss of a bf16 run against the oracle's, over three steps; measured up to 1.7e-4 on the tiny models here (logits of
+the order of 0.1, kernels of a CPU with AVX512-BF16)."""
+BF16_LOGIT = 3 * 2.0**-9
+"""Relative to the sum of the products' absolute values: bf16 keeps 8 bits, so rounding each of two operands and then the
+product is off by 2⁻⁹ three times. A log-prob is off by at most twice the largest error of a logit."""
+BF16_HEAD_GRADIENT = 1e-2
+"""Relative: gradient through the bf16 head against float64; measured up to 2.8e-3."""
