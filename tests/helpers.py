@@ -1,6 +1,7 @@
 """What many tests build: a tiny tokenizer, tiny models, rows with known tokens, runs that stop, what a run left behind."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,19 +114,30 @@ def make_loop(
 
 
 @contextmanager
-def stopped_after_first_save() -> Iterator[None]:
-    """A run inside ends like a killed one, right after its first periodic checkpoint was written."""
+def stopped_after_first_save(more_steps: int = 0) -> Iterator[None]:
+    """A run inside ends like a killed one: when its first periodic checkpoint is written, or so many logged steps later."""
 
     class StoppingLoop(Loop):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            save = self.save
+            save, advance = self.save, self.log.advance
+            steps_left = math.inf
 
             def save_and_stop(step: int, state: dict[str, Any]) -> None:
+                nonlocal steps_left
                 save(step, state)
-                raise KeyboardInterrupt
+                steps_left = min(steps_left, more_steps)
+                if not steps_left:
+                    raise KeyboardInterrupt
 
-            self.save = save_and_stop
+            def advance_and_stop() -> None:
+                nonlocal steps_left
+                if not steps_left:
+                    raise KeyboardInterrupt
+                steps_left -= 1
+                advance()
+
+            self.save, self.log.advance = save_and_stop, advance_and_stop
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "Loop", StoppingLoop)

@@ -89,7 +89,7 @@ def package_imports(module: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_from_lower_floors_or_its_own_folder(module):
+def test_a_module_imports_only_from_lower_floors_or_its_own_folder(module) -> None:
     unit = unit_of(module)
     wrong = []
     for node, imported in package_imports(module):
@@ -99,19 +99,19 @@ def test_a_module_imports_only_from_lower_floors_or_its_own_folder(module):
     assert not wrong, f"modern_llm.{module} (floor {FLOOR_OF[unit]}): {wrong}"
 
 
-def test_models_and_data_never_import_each_other():
+def test_models_and_data_never_import_each_other() -> None:
     assert FLOOR_OF["models"] == FLOOR_OF["data"]
     assert not {("models", "data"), ("data", "models")} & SIBLINGS
     pairs = {(unit_of(module), unit_of(imported)) for module in MODULES for _, imported in package_imports(module)}
     assert not {("models", "data"), ("data", "models")} & pairs
 
 
-def test_every_exception_of_the_table_is_in_use():
+def test_every_exception_of_the_table_is_in_use() -> None:
     used = {(unit_of(module), unit_of(imported)) for module in MODULES for _, imported in package_imports(module)}
     assert used >= SIBLINGS
 
 
-def test_configs_load_neither_torch_nor_datasets_nor_transformers():
+def test_configs_load_neither_torch_nor_datasets_nor_transformers() -> None:
     code = "import sys, modern_llm.config as c; assert c.TrainingConfig(); print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "datasets", "transformers", "numpy"} & set(loaded)
@@ -125,7 +125,7 @@ def dotted(node: ast.expr) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_loads_pickles_or_remote_code(path):
+def test_nothing_loads_pickles_or_remote_code(path) -> None:
     modules = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     wrong = []
     for node in ast.walk(TREES[path]):
@@ -144,7 +144,7 @@ def test_nothing_loads_pickles_or_remote_code(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_and_functions_stay_short(path):
+def test_files_and_functions_stay_short(path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES_OF_A_FILE
     functions = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}

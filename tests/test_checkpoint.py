@@ -23,7 +23,7 @@ from modern_llm.checkpoint import (
 )
 from modern_llm.config import UserError
 
-PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -34,7 +34,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_an_error_while_writing_leaves_nothing(tmp_path, error):
+def test_an_error_while_writing_leaves_nothing(tmp_path, error) -> None:
     def write() -> None:
         with atomic_folder(tmp_path / "runs" / "step-000001") as scratch:
             (scratch / "a").write_text("half")
@@ -45,7 +45,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, error):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_an_error_while_writing_leaves_the_older_folder_as_it_was(tmp_path):
+def test_an_error_while_writing_leaves_the_older_folder_as_it_was(tmp_path) -> None:
     target = tmp_path / "final"
     with atomic_folder(target) as scratch:
         (scratch / "a").write_text("old")
@@ -60,7 +60,7 @@ def test_an_error_while_writing_leaves_the_older_folder_as_it_was(tmp_path):
     assert tree(tmp_path) == {"final/a": b"old"}
 
 
-def test_a_folder_has_its_name_only_when_it_is_whole_and_replaces_the_older_one(tmp_path):
+def test_a_folder_has_its_name_only_when_it_is_whole_and_replaces_the_older_one(tmp_path) -> None:
     target = tmp_path / "final"
     target.mkdir()
     (target / "old").write_text("old")
@@ -74,7 +74,7 @@ def test_a_folder_has_its_name_only_when_it_is_whole_and_replaces_the_older_one(
     assert target.stat().st_mode & 0o777 == 0o755
 
 
-def test_a_text_file_is_replaced_whole(tmp_path):
+def test_a_text_file_is_replaced_whole(tmp_path) -> None:
     path = tmp_path / "a" / "metrics.jsonl"
     write_text(path, "one\n")
     write_text(path, "two\n")
@@ -93,7 +93,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_manifest_lists_every_other_file_and_what_was_given(folder):
+def test_the_manifest_lists_every_other_file_and_what_was_given(folder) -> None:
     manifest = read_manifest(folder)
     assert manifest is not None
     assert (manifest["stage"], manifest["step"]) == ("sft", 3)
@@ -109,7 +109,7 @@ def test_the_manifest_lists_every_other_file_and_what_was_given(folder):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training/state.json"])
 @pytest.mark.parametrize("damage", ["a flipped bit", "truncated", "longer", "missing"])
-def test_every_damaged_file_is_named(folder, name, damage):
+def test_every_damaged_file_is_named(folder, name, damage) -> None:
     path = folder / name
     content = path.read_bytes()
     if damage == "missing":
@@ -123,8 +123,10 @@ def test_every_damaged_file_is_named(folder, name, damage):
     assert str(refused.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("content", ["{", "", "[]", "null", "{}", '{"files": []}', '{"files": {"model.safetensors": {}}}', b"\xff"])
-def test_a_damaged_manifest_is_named(folder, content):
+@pytest.mark.parametrize(
+    "content", ["{", "", "[]", "null", "{}", '{"files": []}', '{"files": {"model.safetensors": {}}}', b"\xff"]
+)
+def test_a_damaged_manifest_is_named(folder, content) -> None:
     path = folder / MANIFEST
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match="damaged manifest") as refused:
@@ -132,7 +134,7 @@ def test_a_damaged_manifest_is_named(folder, content):
     assert str(refused.value).startswith(f"{path}: ")
 
 
-def test_a_folder_of_others_has_no_manifest_and_nothing_to_verify(tmp_path):
+def test_a_folder_of_others_has_no_manifest_and_nothing_to_verify(tmp_path) -> None:
     assert read_manifest(tmp_path) is None
     assert read_manifest("gpt2") is None
     verify(tmp_path)
@@ -142,7 +144,9 @@ def test_a_folder_of_others_has_no_manifest_and_nothing_to_verify(tmp_path):
 
 TENSORS = st.builds(
     lambda dtype, shape, seed: torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype),
-    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.int32, torch.bool]),
+    st.sampled_from(
+        [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.int32, torch.bool]
+    ),
     st.lists(st.integers(0, 3), max_size=3),
     st.integers(0, 99),
 )
@@ -150,7 +154,9 @@ NUMBERS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats()
 KEYS = st.text("ab./$ü0", min_size=1, max_size=4)
 STATES = st.dictionaries(
     KEYS,
-    st.recursive(TENSORS | NUMBERS, lambda inner: st.dictionaries(KEYS, inner, max_size=3) | st.lists(inner, max_size=3), max_leaves=8),
+    st.recursive(
+        TENSORS | NUMBERS, lambda inner: st.dictionaries(KEYS, inner, max_size=3) | st.lists(inner, max_size=3), max_leaves=8
+    ),
     max_size=4,
 )
 
@@ -176,12 +182,12 @@ def state_folder(tmp_path_factory) -> Path:
 
 @PROPERTY
 @given(state=STATES)
-def test_any_state_comes_back_as_it_was(state_folder, state):
+def test_any_state_comes_back_as_it_was(state_folder, state) -> None:
     save_state(state_folder, state)
     assert same(state, load_state(state_folder))
 
 
-def test_tensors_come_back_with_their_own_bits(state_folder):
+def test_tensors_come_back_with_their_own_bits(state_folder) -> None:
     """NaN, −0 and subnormals; a view, a transpose, and one tensor in two places."""
     special = torch.tensor([float("nan"), -0.0, 1e-40, float("inf")])
     square = torch.arange(9.0).reshape(3, 3)
@@ -190,19 +196,19 @@ def test_tensors_come_back_with_their_own_bits(state_folder):
     assert same(state, load_state(state_folder))
 
 
-def test_a_slash_in_a_name_mixes_nothing_up(state_folder):
+def test_a_slash_in_a_name_mixes_nothing_up(state_folder) -> None:
     state = {"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}}
     save_state(state_folder, state)
     assert same(state, load_state(state_folder))
 
 
-def test_a_list_comes_back_as_a_list(state_folder):
+def test_a_list_comes_back_as_a_list(state_folder) -> None:
     state = {"numbers": [1, 2.5, None, [True]], "tensors": [torch.zeros(2), torch.ones(3)]}
     save_state(state_folder, state)
     assert same(state, load_state(state_folder))
 
 
-def test_an_optimizers_state_comes_back_as_it_was(state_folder):
+def test_an_optimizers_state_comes_back_as_it_was(state_folder) -> None:
     parameter = nn.Parameter(torch.randn(4, 3))
     optimizer = torch.optim.AdamW([parameter])
     parameter.sum().backward()
@@ -213,12 +219,12 @@ def test_an_optimizers_state_comes_back_as_it_was(state_folder):
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, (1, 2), {1: 2}])
-def test_what_would_not_come_back_is_not_saved(state_folder, value):
+def test_what_would_not_come_back_is_not_saved(state_folder, value) -> None:
     with pytest.raises(AssertionError, match="is no state"):
         save_state(state_folder, {"a": value})
 
 
-def test_state_is_no_pickle(state_folder):
+def test_state_is_no_pickle(state_folder) -> None:
     save_state(state_folder, {"a": torch.zeros(1), "b": 2})
     assert sorted(tree(state_folder)) == ["training/state.json", "training/state.safetensors"]
     json.loads((state_folder / "training" / "state.json").read_text())
@@ -236,7 +242,7 @@ class Weights(nn.Module):
         self.register_buffer("hidden", torch.zeros(1), persistent=False)
 
 
-def test_equal_weights_have_equal_hashes():
+def test_equal_weights_have_equal_hashes() -> None:
     model, other = Weights(), Weights()
     other.load_state_dict(model.state_dict())
     other.hidden += 1  # not saved with the model
@@ -244,7 +250,7 @@ def test_equal_weights_have_equal_hashes():
 
 
 @pytest.mark.parametrize("name", Weights().state_dict())
-def test_any_change_of_a_weight_changes_the_hash(name):
+def test_any_change_of_a_weight_changes_the_hash(name) -> None:
     model = Weights()
     before = weights_hash(model)
     tensor = model.state_dict()[name]
@@ -255,7 +261,7 @@ def test_any_change_of_a_weight_changes_the_hash(name):
     assert weights_hash(model) == before
 
 
-def test_a_type_a_shape_or_a_name_changes_the_hash():
+def test_a_type_a_shape_or_a_name_changes_the_hash() -> None:
     zeros = nn.ParameterDict({"a": torch.zeros(4)})
     hashes = [
         weights_hash(module)

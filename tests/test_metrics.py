@@ -13,20 +13,20 @@ from modern_llm.metrics import Averages, RunLog, log_line
 # Averages
 
 
-def test_a_mean_is_over_units_and_never_of_means():
+def test_a_mean_is_over_units_and_never_of_means() -> None:
     averages = Averages()
     averages.add("loss", 10.0, 1)  # one token at 10
     averages.add("loss", 30.0, 99)  # 99 tokens, 30 together
     assert averages.means() == {"loss": 0.4}
 
 
-def test_what_had_no_units_has_no_mean():
+def test_what_had_no_units_has_no_mean() -> None:
     averages = Averages()
     averages.add("loss", 0.0, 0)
     assert averages.means() == {}
 
 
-def test_a_reading_starts_afresh_after_clear():
+def test_a_reading_starts_afresh_after_clear() -> None:
     averages = Averages()
     averages.add("loss", 2.0, 1)
     averages.clear()
@@ -38,7 +38,7 @@ def test_a_reading_starts_afresh_after_clear():
 @given(
     entries=st.lists(st.tuples(st.sampled_from("ab"), st.floats(-9, 9), st.integers(0, 5)), max_size=8), cut=st.integers(0, 8)
 )
-def test_averages_taken_up_from_their_state_end_the_same(entries, cut):
+def test_averages_taken_up_from_their_state_end_the_same(entries, cut) -> None:
     straight, first, resumed = Averages(), Averages(), Averages()
     for entry in entries:
         straight.add(*entry)
@@ -53,7 +53,7 @@ def test_averages_taken_up_from_their_state_end_the_same(entries, cut):
 # The line
 
 
-def test_the_log_line_has_exactly_this_head():
+def test_the_log_line_has_exactly_this_head() -> None:
     values = {"loss": 0.45234, "accuracy": 0.725, "lr": 5e-6}
     assert log_line(100, values) == "step=100 loss=0.4523 accuracy=72.50% lr=5.000e-06"
 
@@ -67,7 +67,7 @@ def test_the_log_line_has_exactly_this_head():
         ({"loss": float("nan"), "lr": 0.0}, "step=7 loss=nan lr=0.000e+00"),
     ],
 )
-def test_whatever_else_there_is_follows_as_key_and_value(values, expected):
+def test_whatever_else_there_is_follows_as_key_and_value(values, expected) -> None:
     assert log_line(7, values) == expected
 
 
@@ -86,7 +86,7 @@ def steps(folder: Path, run: str = "sft") -> list[int]:
     return [entry["step"] for entry in entries(folder) if entry["run"] == run]
 
 
-def test_a_line_goes_to_the_console_and_everything_to_the_file(tmp_path, capsys):
+def test_a_line_goes_to_the_console_and_everything_to_the_file(tmp_path, capsys) -> None:
     with open_log(tmp_path) as log:
         log.log(1, {"loss": 0.5, "lr": 1e-3, "epoch": 0.25}, shown=("loss", "lr", "absent"))
         log.log(2, {"loss": 0.25})
@@ -99,13 +99,13 @@ def test_a_line_goes_to_the_console_and_everything_to_the_file(tmp_path, capsys)
     ]
 
 
-def test_what_was_logged_can_be_read_before_the_run_ends(tmp_path):
+def test_what_was_logged_can_be_read_before_the_run_ends(tmp_path) -> None:
     with open_log(tmp_path) as log:
         log.log(1, {"loss": 0.5})
         assert steps(tmp_path) == [1]
 
 
-def test_a_resumed_run_drops_its_own_lines_after_the_step_it_resumes_from(tmp_path):
+def test_a_resumed_run_drops_its_own_lines_after_the_step_it_resumes_from(tmp_path) -> None:
     with open_log(tmp_path, "pretrain") as log:
         log.log(9, {"loss": 1.0})
     with open_log(tmp_path) as log:
@@ -120,7 +120,7 @@ def test_a_resumed_run_drops_its_own_lines_after_the_step_it_resumes_from(tmp_pa
 
 
 @pytest.mark.parametrize("cut", ['{"run": "sft", "step": 2, "lo', '{"run"', "{"])
-def test_a_cut_last_line_is_dropped(tmp_path, cut):
+def test_a_cut_last_line_is_dropped(tmp_path, cut) -> None:
     with open_log(tmp_path) as log:
         log.log(1, {"loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -142,7 +142,7 @@ def clean_environment(monkeypatch):
     os.environ.update(before)
 
 
-def test_tensorboard_gets_every_value(tmp_path):
+def test_tensorboard_gets_every_value(tmp_path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with open_log(tmp_path, report_to=("tensorboard",)) as log:
         log.log(1, {"loss": 0.5, "rewards/margins": 1.0})
@@ -152,7 +152,7 @@ def test_tensorboard_gets_every_value(tmp_path):
     assert [event.value for event in written.Scalars("rewards/margins")] == [1.0]
 
 
-def test_a_resumed_run_drops_what_tensorboard_has_after_the_step_it_resumes_from(tmp_path):
+def test_a_resumed_run_drops_what_tensorboard_has_after_the_step_it_resumes_from(tmp_path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with open_log(tmp_path, report_to=("tensorboard",)) as log:
         for step in (1, 2, 3, 4):
@@ -163,7 +163,7 @@ def test_a_resumed_run_drops_what_tensorboard_has_after_the_step_it_resumes_from
     assert [(event.step, event.value) for event in written.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
-def test_wandb_writes_a_run_to_disk_without_a_network(tmp_path, clean_environment):
+def test_wandb_writes_a_run_to_disk_without_a_network(tmp_path, clean_environment) -> None:
     wandb = pytest.importorskip("wandb")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         clean_environment.delenv(name)

@@ -22,7 +22,7 @@ SIZES = st.none() | st.integers(1, 48)
 
 @PROPERTY
 @given(stage=st.sampled_from(STAGES), batch=SIZES, micro=SIZES, accumulation=SIZES, ranks=st.integers(1, 16))
-def test_a_batch_is_micro_times_accumulation_times_ranks_or_refused(stage, batch, micro, accumulation, ranks):
+def test_a_batch_is_micro_times_accumulation_times_ranks_or_refused(stage, batch, micro, accumulation, ranks) -> None:
     given_product = (micro or 1) * (accumulation or 1) * ranks
     if batch is None:
         solvable = True
@@ -63,20 +63,20 @@ def test_a_batch_is_micro_times_accumulation_times_ranks_or_refused(stage, batch
         ((16, 1, 16), 1, (16, 1, 16)),
     ],
 )
-def test_the_parts_of_a_batch_that_were_left_out(given_parts, ranks, expected):
+def test_the_parts_of_a_batch_that_were_left_out(given_parts, ranks, expected) -> None:
     names = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
     out = resolve(TrainingConfig(**dict(zip(names, given_parts, strict=True))), "sft", ranks)
     assert tuple(getattr(out, name) for name in names) == expected
 
 
-def test_a_batch_that_does_not_multiply_out_is_refused_with_the_numbers():
+def test_a_batch_that_does_not_multiply_out_is_refused_with_the_numbers() -> None:
     config = TrainingConfig(batch_size=16, micro_batch_size=2, gradient_accumulation_steps=4)
     with pytest.raises(UserError, match=r"batch_size=16 is not .* 2 × 4 × 1 = 8"):
         resolve(config, "dpo")
     assert resolve(config, "dpo", world_size=2).batch_size == 16
 
 
-def test_a_batch_smaller_than_the_number_of_ranks_is_refused():
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused() -> None:
     with pytest.raises(UserError, match="batch_size=3 is not"):
         resolve(TrainingConfig(batch_size=3), "dpo", world_size=4)
 
@@ -98,37 +98,37 @@ def test_a_batch_smaller_than_the_number_of_ranks_is_refused():
         (0.1, 960, 3),  # 96 rows; 0.1 × 960 / 32 is not exactly 3 in floating point
     ],
 )
-def test_epochs_become_optimizer_steps(num_epochs, rows, steps):
+def test_epochs_become_optimizer_steps(num_epochs, rows, steps) -> None:
     out = resolve(TrainingConfig(num_epochs=num_epochs, batch_size=32), "sft", rows_per_epoch=rows)
     assert (out.max_steps, out.num_epochs) == (steps, None)
 
 
 @PROPERTY
 @given(epochs=st.integers(1, 9), rows=st.integers(1, 10_000), batch=st.integers(1, 64))
-def test_whole_epochs_end_with_the_data(epochs, rows, batch):
+def test_whole_epochs_end_with_the_data(epochs, rows, batch) -> None:
     """An epoch's last step holds what is left of it, so every epoch has the same number of steps."""
     out = resolve(TrainingConfig(num_epochs=epochs, batch_size=batch), "dpo", rows_per_epoch=rows)
     assert out.max_steps == epochs * math.ceil(rows / batch)
 
 
-def test_before_the_rows_are_known_the_length_stays_open():
+def test_before_the_rows_are_known_the_length_stays_open() -> None:
     out = resolve(TrainingConfig(), "sft")
     assert (out.max_steps, out.warmup_steps, out.num_epochs) == (None, None, 1.0)
 
 
-def test_max_steps_decides_whatever_the_number_of_rows():
+def test_max_steps_decides_whatever_the_number_of_rows() -> None:
     assert resolve(TrainingConfig(max_steps=7), "sft", rows_per_epoch=3).max_steps == 7
 
 
 @pytest.mark.parametrize(("stage", "most"), [("pretrain", 200), ("sft", 100), ("dpo", 150)])
-def test_warmup_is_a_tenth_of_the_steps_and_at_most_the_stages_own(stage, most):
+def test_warmup_is_a_tenth_of_the_steps_and_at_most_the_stages_own(stage, most) -> None:
     assert resolve(TrainingConfig(max_steps=100), stage).warmup_steps == 10
     assert resolve(TrainingConfig(max_steps=5), stage).warmup_steps == 0
     assert resolve(TrainingConfig(max_steps=10_000), stage).warmup_steps == most
 
 
 @EACH_STAGE
-def test_more_warmup_than_steps_is_refused(stage):
+def test_more_warmup_than_steps_is_refused(stage) -> None:
     """Trap 34, where the length is given in steps and where it follows from the data."""
     with pytest.raises(ValueError, match="warmup_steps=11 exceeds max_steps=10"):
         TrainingConfig(max_steps=10, warmup_steps=11)
@@ -141,14 +141,14 @@ def test_more_warmup_than_steps_is_refused(stage):
 
 
 @EACH_STAGE
-def test_nothing_that_a_run_needs_stays_open(stage):
+def test_nothing_that_a_run_needs_stays_open(stage) -> None:
     out = resolve(TrainingConfig(), stage, rows_per_epoch=1000)
     optional = {"num_epochs", "eval_every", "dataset_name", "tokenizer_name"}
     optional |= {"muon_learning_rate"} if out.optimizer != "muon" else set()
     assert {name for name, value in out if value is None} == optional
 
 
-def test_the_stages_own_defaults():
+def test_the_stages_own_defaults() -> None:
     pretrain, sft, dpo = (resolve(TrainingConfig(max_steps=10_000), stage) for stage in STAGES)
     assert (pretrain.optimizer, pretrain.lr_schedule, pretrain.weight_decay) == ("muon", "cosine", 0.1)
     assert (sft.optimizer, sft.lr_schedule, sft.learning_rate) == ("adamw", "cosine", 2e-5)
@@ -157,7 +157,7 @@ def test_the_stages_own_defaults():
 
 
 @EACH_STAGE
-def test_the_run_is_named_after_its_stage_and_written_under_its_name(stage):
+def test_the_run_is_named_after_its_stage_and_written_under_its_name(stage) -> None:
     assert resolve(TrainingConfig(), stage).output_dir == Path("experiments/runs") / stage
     assert resolve(TrainingConfig(run_name="mine"), stage).output_dir == Path("experiments/runs/mine")
     assert resolve(TrainingConfig(run_name="mine", output_dir=Path("there")), stage).output_dir == Path("there")
@@ -182,7 +182,7 @@ GIVEN = st.fixed_dictionaries(
 
 @PROPERTY
 @given(stage=st.sampled_from(STAGES), values=GIVEN, ranks=st.integers(1, 4))
-def test_resolve_keeps_what_was_given_changes_nothing_and_is_its_own_fixed_point(stage, values, ranks):
+def test_resolve_keeps_what_was_given_changes_nothing_and_is_its_own_fixed_point(stage, values, ranks) -> None:
     config = TrainingConfig(**values)
     before = config.model_dump()
     out = resolve(config, stage, ranks, rows_per_epoch=200)
@@ -194,7 +194,7 @@ def test_resolve_keeps_what_was_given_changes_nothing_and_is_its_own_fixed_point
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_an_option_of_an_optimizer_that_the_stage_does_not_use_is_refused(stage):
+def test_an_option_of_an_optimizer_that_the_stage_does_not_use_is_refused(stage) -> None:
     with pytest.raises(UserError, match="muon_learning_rate"):
         resolve(TrainingConfig(muon_learning_rate=0.01), stage)
     assert resolve(TrainingConfig(muon_learning_rate=0.01, optimizer="muon"), stage).muon_learning_rate == 0.01

@@ -46,7 +46,7 @@ def only_error(refused: pytest.ExceptionInfo[ValidationError]) -> str:
 
 
 @KINDS
-def test_an_unknown_field_is_one_error_that_names_the_nearest(kind):
+def test_an_unknown_field_is_one_error_that_names_the_nearest(kind) -> None:
     real = next(iter(kind.model_fields))
     typo = real[:-1] + "_x"
     with pytest.raises(ValidationError) as refused:
@@ -54,46 +54,46 @@ def test_an_unknown_field_is_one_error_that_names_the_nearest(kind):
     assert only_error(refused) == f"unknown field '{typo}' in {kind.__name__}; did you mean '{real}'?"
 
 
-def test_an_unknown_field_with_nothing_near_lists_what_there_is():
+def test_an_unknown_field_with_nothing_near_lists_what_there_is() -> None:
     with pytest.raises(ValidationError) as refused:
         DPOConfig(zzz=1)
     assert only_error(refused).startswith("unknown field 'zzz' in DPOConfig; known are: beta, ")
 
 
-def test_an_unknown_field_of_a_nested_section_is_named_with_its_place():
+def test_an_unknown_field_of_a_nested_section_is_named_with_its_place() -> None:
     with pytest.raises(ValidationError) as refused:
         PipelineConfig(pretrain={"data": {"dataset_name": "a.txt"}, "train": {"learning_rat": 1}})
     line = only_error(refused)
     assert line == "pretrain.train: unknown field 'learning_rat' in TrainingConfig; did you mean 'learning_rate'?"
 
 
-def test_a_missing_field_is_named():
+def test_a_missing_field_is_named() -> None:
     with pytest.raises(ValidationError) as refused:
         PipelineConfig(start_checkpoint="m", dpo={"data": {}})
     assert only_error(refused) == "dpo.data.dataset_name: is required and was not given"
 
 
-def test_a_value_of_the_wrong_kind_is_shown():
+def test_a_value_of_the_wrong_kind_is_shown() -> None:
     with pytest.raises(ValidationError) as refused:
         TrainingConfig(max_steps="many")
     assert "max_steps" in only_error(refused)
     assert "'many'" in only_error(refused)
 
 
-def test_a_user_error_is_a_value_error():
+def test_a_user_error_is_a_value_error() -> None:
     assert issubclass(UserError, ValueError)
     assert issubclass(ValidationError, ValueError)
 
 
 @KINDS
-def test_configs_are_frozen(kind):
+def test_configs_are_frozen(kind) -> None:
     config = kind(**SMALLEST[kind])
     with pytest.raises(ValidationError, match="frozen"):
         setattr(config, next(iter(kind.model_fields)), None)
 
 
 @KINDS
-def test_every_field_has_its_help_in_the_json_schema(kind):
+def test_every_field_has_its_help_in_the_json_schema(kind) -> None:
     schema = json.loads(json_schema(kind))
     for name, part in {kind.__name__: schema, **schema.get("$defs", {})}.items():
         assert part["description"], name
@@ -101,12 +101,12 @@ def test_every_field_has_its_help_in_the_json_schema(kind):
             assert len(described.get("description", "")) > 10, f"{name}.{field}"
 
 
-def test_a_partial_training_config_is_valid():
+def test_a_partial_training_config_is_valid() -> None:
     config = TrainingConfig(learning_rate=5e-6, warmup_steps=50, max_steps=2000)
     assert (config.learning_rate, config.warmup_steps, config.max_steps) == (5e-6, 50, 2000)
 
 
-def test_a_complete_dpo_training_config_is_valid():
+def test_a_complete_dpo_training_config_is_valid() -> None:
     config = TrainingConfig(
         run_name="dpo-hh",
         dataset_name="Anthropic/hh-rlhf",
@@ -162,14 +162,14 @@ DATA = {"dataset_name": "a.jsonl"}
         (PipelineConfig, {"pretrain": {"data": DATA}, "start_checkpoint": "m"}, "give either pretrain or start_checkpoint"),
     ],
 )
-def test_a_value_that_cannot_work_is_refused_by_name(kind, values, message):
+def test_a_value_that_cannot_work_is_refused_by_name(kind, values, message) -> None:
     with pytest.raises(ValidationError) as refused:
         kind(**values)
     assert re.search(re.escape(message), only_error(refused))
 
 
 @pytest.mark.parametrize("field", ["max_steps", "seed", "learning_rate", "save_every", "warmup_steps"])
-def test_true_is_not_a_number(field):
+def test_true_is_not_a_number(field) -> None:
     """`seed: yes` is True in YAML; taking it as 1 would be a silent conversion."""
     with pytest.raises(ValidationError, match=field):
         TrainingConfig(**{field: True})

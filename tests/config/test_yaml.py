@@ -34,7 +34,9 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
     ["null", "yes", "1e5", "1_0", "0x1", "2020-01-01", "- a", "a: b", "#", "~", "true", "1:30", "'", '"']
 )
 PATHS = st.sampled_from(["a", "a/b", "/tmp/ü", "a b", "1e5"]).map(Path)
-RUN_NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,5}", fullmatch=True) | st.sampled_from(["1e5", "12", "no", "1.5", "0x1"])
+RUN_NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,5}", fullmatch=True) | st.sampled_from(
+    ["1e5", "12", "no", "1.5", "0x1"]
+)
 RATES = st.floats(1e-12, 10.0)
 COUNTS = st.integers(1, 10_000)
 
@@ -104,25 +106,25 @@ PIPELINES = configs(
 
 @PROPERTY
 @given(config=st.one_of(MODELS, TRAINING, DPO, DOCUMENTS, CHATS, PAIRS, PIPELINES))
-def test_what_is_dumped_reads_back_equal(file, config):
+def test_what_is_dumped_reads_back_equal(file, config) -> None:
     file.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config(type(config), file) == config
 
 
 @pytest.mark.parametrize("name", ["1e5", "5E3", "12", "1.5", "no", "null", "0x1"])
-def test_a_name_that_looks_like_a_number_stays_a_name(file, name):
+def test_a_name_that_looks_like_a_number_stays_a_name(file, name) -> None:
     config = TrainingConfig(run_name=name)
     file.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config(TrainingConfig, file) == config
 
 
-def test_a_path_to_a_reference_reads_back_equal(file):
+def test_a_path_to_a_reference_reads_back_equal(file) -> None:
     config = DPOConfig(reference_checkpoint=Path("runs/sft_final"))
     file.write_text(dump_yaml(config), encoding="utf-8")
     assert load_config(DPOConfig, file) == config
 
 
-def test_defaults_are_left_out_of_the_dump():
+def test_defaults_are_left_out_of_the_dump() -> None:
     assert dump_yaml(TrainingConfig(seed=0, max_steps=5)) == "max_steps: 5\n"
 
 
@@ -130,18 +132,18 @@ def test_defaults_are_left_out_of_the_dump():
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "+1e-3", "1.0e-3", "0.001", ".001"])
-def test_scientific_notation_is_a_number(file, text):
+def test_scientific_notation_is_a_number(file, text) -> None:
     file.write_text(f"learning_rate: {text}\n")
     assert read_yaml(file) == {"learning_rate": 0.001}
     assert load_config(TrainingConfig, file).learning_rate == 0.001
 
 
-def test_an_empty_file_is_all_defaults(file):
+def test_an_empty_file_is_all_defaults(file) -> None:
     file.write_text("# nothing\n")
     assert load_config(TrainingConfig, file) == TrainingConfig()
 
 
-def test_a_merge_key_works_as_in_any_yaml(file):
+def test_a_merge_key_works_as_in_any_yaml(file) -> None:
     file.write_text(
         "start_checkpoint: m\nsft:\n  data: &data\n    dataset_name: a.jsonl\n    split: train\n"
         "dpo:\n  data:\n    <<: *data\n    split: test\n"
@@ -168,7 +170,7 @@ def test_a_merge_key_works_as_in_any_yaml(file):
         ("max_steps: 10\nwarmup_steps: 11\n", "warmup_steps=11 exceeds max_steps=10"),
     ],
 )
-def test_a_bad_file_is_one_line_with_its_name(file, content, expected):
+def test_a_bad_file_is_one_line_with_its_name(file, content, expected) -> None:
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as refused:
         load_config(TrainingConfig, file)
@@ -178,13 +180,13 @@ def test_a_bad_file_is_one_line_with_its_name(file, content, expected):
     assert "\n" not in message
 
 
-def test_a_key_given_twice_in_a_section_is_refused_with_its_line(file):
+def test_a_key_given_twice_in_a_section_is_refused_with_its_line(file) -> None:
     file.write_text("pretrain:\n  data:\n    dataset_name: a\n    dataset_name: b\n")
-    with pytest.raises(UserError, match="key 'dataset_name' stands twice.*line 4"):
+    with pytest.raises(UserError, match=r"key 'dataset_name' stands twice.*line 4"):
         load_config(PipelineConfig, file)
 
 
-def test_an_unknown_field_of_a_section_is_named_with_file_and_place(file):
+def test_an_unknown_field_of_a_section_is_named_with_file_and_place(file) -> None:
     file.write_text("pretrain:\n  data: {dataset_name: a}\n  train: {batchsize: 3}\n")
     with pytest.raises(UserError) as refused:
         load_config(PipelineConfig, file)
@@ -192,7 +194,7 @@ def test_an_unknown_field_of_a_section_is_named_with_file_and_place(file):
     assert str(refused.value) == f"{file}: {expected}"
 
 
-def test_every_problem_of_a_file_has_a_line_of_its_own(file):
+def test_every_problem_of_a_file_has_a_line_of_its_own(file) -> None:
     file.write_text("learning_rate: -1\nmax_steps: x\n")
     with pytest.raises(UserError) as refused:
         load_config(TrainingConfig, file)
@@ -201,7 +203,7 @@ def test_every_problem_of_a_file_has_a_line_of_its_own(file):
     assert all(line.startswith(f"{file}: ") for line in lines)
 
 
-def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path) -> None:
     for path in (tmp_path / "absent.yaml", tmp_path):
         with pytest.raises(UserError, match="cannot be read") as refused:
             load_config(TrainingConfig, path)

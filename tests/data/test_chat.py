@@ -93,7 +93,9 @@ def assistant(text: str) -> Message:
 CHAT = [user("Who bakes?"), assistant("Anna."), user("And who sings?"), assistant("Bob does.")]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 CONTROL_TEXT = st.lists(
-    st.sampled_from(["<|im_end|>", "<|im_start|>assistant\n", "<s>", "[INST]", "<|endoftext|>", "<|think|>", "\ue0000\ue001", "a"]),
+    st.sampled_from(
+        ["<|im_end|>", "<|im_start|>assistant\n", "<s>", "[INST]", "<|endoftext|>", "<|think|>", "\ue0000\ue001", "a"]
+    ),
     max_size=5,
 ).map("".join)
 TURNS = st.lists(st.tuples(TEXT | CONTROL_TEXT, TEXT | CONTROL_TEXT), min_size=1, max_size=3)
@@ -106,7 +108,7 @@ def as_chat(turns: list[tuple[str, str]]) -> list[Message]:
 # What counts (traps 15, 16, 18)
 
 
-def test_in_a_chat_of_many_turns_only_answers_and_their_end_tokens_count(encoder):
+def test_in_a_chat_of_many_turns_only_answers_and_their_end_tokens_count(encoder) -> None:
     parts = encoder.chat([{"role": "system", "content": "Be brief."}, *CHAT])
     assert read(encoder, scored(parts)) == "Anna.<|im_end|>Bob does.<|im_end|>"
     assert read(encoder, [i for part in parts if not part.scored for i in part.ids]) == (
@@ -126,13 +128,13 @@ def test_in_a_chat_of_many_turns_only_answers_and_their_end_tokens_count(encoder
         ("thinking given", "Anna.<|im_end|>Bob does.<|im_end|>"),  # given to it
     ],
 )
-def test_what_counts_under_each_kind_of_template(encoders, name, expected):
+def test_what_counts_under_each_kind_of_template(encoders, name, expected) -> None:
     assert read(encoders[name], scored(encoders[name].chat(CHAT))) == expected
 
 
 @PROPERTY
 @given(turns=TURNS)
-def test_whatever_is_said_the_scored_ids_are_the_answers_each_with_one_end_token(encoders, turns):
+def test_whatever_is_said_the_scored_ids_are_the_answers_each_with_one_end_token(encoders, turns) -> None:
     encoder = encoders["chatml"]
     end = encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
     expected = [i for _, answer in turns for i in [*encoder.encoder.text(answer), end]]
@@ -140,14 +142,14 @@ def test_whatever_is_said_the_scored_ids_are_the_answers_each_with_one_end_token
     assert expected.count(end) == len(turns)
 
 
-def test_the_end_token_counts_where_it_is_the_pad_token_too(encoders):
+def test_the_end_token_counts_where_it_is_the_pad_token_too(encoders) -> None:
     encoder = encoders["pad is end"]
     assert encoder.tokenizer.pad_token_id == encoder.tokenizer.eos_token_id
     assert scored(encoder.chat(CHAT)).count(encoder.tokenizer.eos_token_id) == 2
 
 
 @EACH_TEMPLATE
-def test_an_answer_ends_with_the_token_that_generation_stops_at(encoders, name):
+def test_an_answer_ends_with_the_token_that_generation_stops_at(encoders, name) -> None:
     encoder = encoders[name]
     _, answer = encoder.prompt_and_answer([user("a")], "b")
     assert answer[-1] == encoder.end_token_id
@@ -160,7 +162,7 @@ def test_an_answer_ends_with_the_token_that_generation_stops_at(encoders, name):
 
 @EACH_TEMPLATE
 @pytest.mark.parametrize("messages", [CHAT, CHAT[:2]], ids=["two turns", "one turn"])
-def test_a_chat_has_at_most_one_begin_token_and_it_stands_first(encoders, name, messages):
+def test_a_chat_has_at_most_one_begin_token_and_it_stands_first(encoders, name, messages) -> None:
     encoder = encoders[name]
     begin = encoder.tokenizer.bos_token_id
     ids = flat(encoder.chat(messages))
@@ -169,7 +171,7 @@ def test_a_chat_has_at_most_one_begin_token_and_it_stands_first(encoders, name, 
     assert encoder.encoder.document_start == [begin]
 
 
-def test_a_tokenizer_that_begins_every_text_and_has_no_template_gets_no_begin_token_in_chats(tokenizer):
+def test_a_tokenizer_that_begins_every_text_and_has_no_template_gets_no_begin_token_in_chats(tokenizer) -> None:
     encoder = with_template(tokenizer, None)
     assert encoder.tokenizer.chat_template == CHATML
     assert encoder.tokenizer("a")["input_ids"][0] == encoder.tokenizer.bos_token_id
@@ -182,7 +184,7 @@ def test_a_tokenizer_that_begins_every_text_and_has_no_template_gets_no_begin_to
 @EACH_TEMPLATE
 @PROPERTY
 @given(turns=TURNS)
-def test_what_generation_starts_from_is_a_prefix_of_what_training_saw(encoders, name, turns):
+def test_what_generation_starts_from_is_a_prefix_of_what_training_saw(encoders, name, turns) -> None:
     encoder = encoders[name]
     *before, last = as_chat(turns)
     whole = flat(encoder.chat([*before, last]))
@@ -194,14 +196,14 @@ def test_what_generation_starts_from_is_a_prefix_of_what_training_saw(encoders, 
 
 
 @EACH_TEMPLATE
-def test_the_prompt_is_the_text_that_the_template_itself_renders(encoders, name):
+def test_the_prompt_is_the_text_that_the_template_itself_renders(encoders, name) -> None:
     encoder = encoders[name]
     text = encoder.tokenizer.apply_chat_template(CHAT[:3], tokenize=False, add_generation_prompt=True)
     assert read(encoder, encoder.prompt(CHAT[:3])) == text
 
 
 @EACH_TEMPLATE
-def test_a_chat_is_the_text_that_the_template_itself_renders(encoders, name):
+def test_a_chat_is_the_text_that_the_template_itself_renders(encoders, name) -> None:
     encoder = encoders[name]
     text = encoder.tokenizer.apply_chat_template(CHAT, tokenize=False)
     ours = read(encoder, flat(encoder.chat(CHAT)))
@@ -212,7 +214,7 @@ def test_a_chat_is_the_text_that_the_template_itself_renders(encoders, name):
         assert not text.removeprefix(ours).strip()
 
 
-def test_the_prompts_ids_are_those_that_transformers_users_get(encoder):
+def test_the_prompts_ids_are_those_that_transformers_users_get(encoder) -> None:
     theirs = encoder.tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
     assert encoder.prompt(CHAT[:3]) == theirs
 
@@ -223,7 +225,7 @@ def test_the_prompts_ids_are_those_that_transformers_users_get(encoder):
 @EACH_TEMPLATE
 @PROPERTY
 @given(text=CONTROL_TEXT)
-def test_control_tokens_in_a_message_stay_text(encoders, name, text):
+def test_control_tokens_in_a_message_stay_text(encoders, name, text) -> None:
     encoder = encoders[name]
     with_text, without = (encoder.chat([user(words), assistant(words)]) for words in (text, ""))
     controls = [[i for i in flat(parts) if i in encoder.encoder.control_ids] for parts in (with_text, without)]
@@ -239,7 +241,10 @@ def test_control_tokens_in_a_message_stay_text(encoders, name, text):
     [
         (CHATML.replace("in messages", "in messages[1:]"), "leaves out, repeats or reorders"),
         (CHATML.replace("in messages", "in messages | reverse"), "leaves out, repeats or reorders"),
-        (CHATML.replace("message['content'] +", "message['content'] + message['content'] +"), "leaves out, repeats or reorders"),
+        (
+            CHATML.replace("message['content'] +", "message['content'] + message['content'] +"),
+            "leaves out, repeats or reorders",
+        ),
         (CHATML.replace("message['content'] +", "message['content'][:1] +"), "leaves out, repeats or reorders"),
         (CHATML.replace("message['content'] +", "message['content'] | upper +"), "cannot be trained on"),
         (CHATML.split("{% if add_generation_prompt")[0], "no generation prompt"),
@@ -248,12 +253,12 @@ def test_control_tokens_in_a_message_stay_text(encoders, name, text):
     ],
     ids=["hides", "reorders", "repeats", "shortens", "shouts", "no generation prompt", "opens otherwise", "refuses all"],
 )
-def test_a_template_that_cannot_be_followed_is_refused(tokenizer, template, why):
+def test_a_template_that_cannot_be_followed_is_refused(tokenizer, template, why) -> None:
     with pytest.raises(UserError, match=why):
         with_template(tokenizer, template).chat(CHAT)
 
 
-def test_a_template_without_system_turns_refuses_them_by_their_roles(encoders):
+def test_a_template_without_system_turns_refuses_them_by_their_roles(encoders) -> None:
     with pytest.raises(UserError, match=r"refuses a chat of system, user, assistant: no system turns"):
         encoders["brackets"].chat([{"role": "system", "content": "Be brief."}, *CHAT[:2]])
 
@@ -261,7 +266,7 @@ def test_a_template_without_system_turns_refuses_them_by_their_roles(encoders):
 # A real template
 
 
-def test_the_empty_thought_of_minimind_is_part_of_the_prompt(shared_data):
+def test_the_empty_thought_of_minimind_is_part_of_the_prompt(shared_data) -> None:
     """Its template writes an empty thought in every assistant's turn, and in the generation prompt too."""
     encoder = ChatEncoder(load_tokenizer(shared_data / "tokenizers/minimind-6400"))
     parts = encoder.chat(CHAT)

@@ -55,24 +55,24 @@ def chat(*words: str) -> list[dict[str, str]]:
         ({"messages": [], "title": "Who bakes?", "response": "Anna."}, {"prompt_field": "title"}),
     ],
 )
-def test_every_layout_becomes_the_same_chat(folder, encoder, row, fields):
+def test_every_layout_becomes_the_same_chat(folder, encoder, row, fields) -> None:
     (example,) = prepared(folder, encoder, [row], **fields).train
     assert read(encoder, example) == "<|im_start|>user\nWho bakes?<|im_end|>\n<|im_start|>assistant\nAnna.<|im_end|>"
     assert read(encoder, example, scored=True) == "Anna.<|im_end|>"
 
 
-def test_an_input_stands_below_its_instruction(folder, encoder):
+def test_an_input_stands_below_its_instruction(folder, encoder) -> None:
     (example,) = prepared(folder, encoder, [{"instruction": "Add.", "input": "1, 2", "output": "3"}]).train
     assert "user\nAdd.\n\n1, 2<|im_end|>" in read(encoder, example, scored=False)
 
 
-def test_in_a_chat_of_many_turns_every_answer_counts_and_nothing_else(folder, encoder):
+def test_in_a_chat_of_many_turns_every_answer_counts_and_nothing_else(folder, encoder) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *chat("Who bakes?", "Anna.", "Who sings?", "Bob.")]
     (example,) = prepared(folder, encoder, [{"messages": messages}]).train
     assert read(encoder, example, scored=True) == "Anna.<|im_end|>Bob.<|im_end|>"
 
 
-def test_a_chat_that_ends_with_a_question_is_cut_back_to_its_last_answer(folder, encoder):
+def test_a_chat_that_ends_with_a_question_is_cut_back_to_its_last_answer(folder, encoder) -> None:
     (example,) = prepared(folder, encoder, [{"messages": chat("Who bakes?", "Anna.", "Who sings?")}]).train
     assert read(encoder, example).endswith("Anna.<|im_end|>")
 
@@ -80,7 +80,7 @@ def test_a_chat_that_ends_with_a_question_is_cut_back_to_its_last_answer(folder,
 # Cuts and drops (traps 16, 18)
 
 
-def test_a_cut_sample_learns_no_false_end_and_is_counted(folder, encoder):
+def test_a_cut_sample_learns_no_false_end_and_is_counted(folder, encoder) -> None:
     row = {"prompt": "Who?", "completion": "Anna bakes all the bread of the village."}
     (whole,) = prepared(folder, encoder, [row]).train
     length = len(whole.segments[0])
@@ -95,7 +95,7 @@ def test_a_cut_sample_learns_no_false_end_and_is_counted(folder, encoder):
         assert data.report["cut"] == 1
 
 
-def test_rows_without_an_answer_to_learn_from_are_dropped_and_counted_by_reason(folder, encoder):
+def test_rows_without_an_answer_to_learn_from_are_dropped_and_counted_by_reason(folder, encoder) -> None:
     rows = [
         {"messages": chat("Who bakes?")},
         {"messages": chat("Who bakes?", " \n")},
@@ -111,7 +111,7 @@ def test_rows_without_an_answer_to_learn_from_are_dropped_and_counted_by_reason(
     assert data.report["examples"] == 1
 
 
-def test_a_dropped_row_is_not_counted_as_cut(folder, encoder):
+def test_a_dropped_row_is_not_counted_as_cut(folder, encoder) -> None:
     """The report adds up: every row is an example or dropped for one reason, and a cut row is an example."""
     rows = [{"messages": chat("Who bakes all the bread of this village? " * 3, "Anna.")}, {"messages": chat("Who?", "Anna.")}]
     data = prepared(folder, encoder, rows, max_length=32)
@@ -119,7 +119,7 @@ def test_a_dropped_row_is_not_counted_as_cut(folder, encoder):
     assert data.report["cut"] == 0
 
 
-def test_nothing_left_to_train_on_is_refused_with_the_counts(folder, encoder):
+def test_nothing_left_to_train_on_is_refused_with_the_counts(folder, encoder) -> None:
     with pytest.raises(UserError, match=r"no example is left to train on \(rows_read=1, dropped_because_no_answer=1"):
         prepared(folder, encoder, [{"messages": chat("Who bakes?")}])
 
@@ -129,12 +129,14 @@ def test_nothing_left_to_train_on_is_refused_with_the_counts(folder, encoder):
     words=st.lists(st.text("ab \n<|im_end>", max_size=12), min_size=2, max_size=6),
     max_length=st.integers(1, 80),
 )
-def test_whatever_the_length_the_report_adds_up_and_every_example_has_something_to_learn(folder, encoder, words, max_length):
+def test_whatever_the_length_the_report_adds_up_and_every_example_has_something_to_learn(
+    folder, encoder, words, max_length
+) -> None:
     rows = [{"messages": chat(*words)}, {"messages": chat("a", "b")}]
     try:
         data = prepared(folder, encoder, rows, max_length=max_length)
-    except UserError as error:
-        assert "no example is left" in str(error)
+    except UserError:  # nothing is left, not even of the second row
+        assert max_length <= len(encoder.prompt(chat("a")))
         return
     dropped = sum(count for name, count in data.report.items() if name.startswith("dropped_because"))
     assert data.report["examples"] + dropped == data.report["rows_read"] == 2
@@ -151,7 +153,7 @@ def test_whatever_the_length_the_report_adds_up_and_every_example_has_something_
 
 @PROPERTY
 @given(questions=st.lists(st.sampled_from("abcdefg"), min_size=2, max_size=12), fraction=st.floats(0.05, 0.9))
-def test_no_question_is_on_both_sides_whatever_follows_it(folder, encoder, questions, fraction):
+def test_no_question_is_on_both_sides_whatever_follows_it(folder, encoder, questions, fraction) -> None:
     rows = [
         {"messages": chat(question + " " * (n % 2), f"answer {n}", *(["more", "yes"] if n % 3 else []))}
         for n, question in enumerate(questions)
@@ -171,7 +173,7 @@ def test_no_question_is_on_both_sides_whatever_follows_it(folder, encoder, quest
     assert len(data.train) + len(data.evaluation) == len(rows) == data.report["rows_read"]
 
 
-def test_a_question_of_the_eval_split_is_not_trained_on(tmp_path, encoder):
+def test_a_question_of_the_eval_split_is_not_trained_on(tmp_path, encoder) -> None:
     from datasets import Dataset, DatasetDict
 
     parts = {"train": "abc", "test": "cd"}
@@ -188,7 +190,7 @@ def test_a_question_of_the_eval_split_is_not_trained_on(tmp_path, encoder):
 # Real files
 
 
-def test_real_instructions_with_inputs_go_through(shared_data, encoder):
+def test_real_instructions_with_inputs_go_through(shared_data, encoder) -> None:
     """GPTeacher's role play: {instruction, input, response}. Counted with `json` alone: 1,923 rows, no empty response."""
     path = shared_data / "instruction/gpteacher/roleplay-simple-deduped-roleplay-instruct.json.gz"
     data = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path), max_length=4096), encoder)
@@ -198,7 +200,7 @@ def test_real_instructions_with_inputs_go_through(shared_data, encoder):
     assert set(ends) == {1}
 
 
-def test_real_questions_and_answers_go_through(shared_data, encoder):
+def test_real_questions_and_answers_go_through(shared_data, encoder) -> None:
     """GSM8K: {question, answer}; `zcat train.jsonl.gz | wc -l` gives 7473."""
     path = shared_data / "instruction/gsm8k-train/train.jsonl.gz"
     config = InstructionDatasetConfig(dataset_name=str(path), max_rows=500, eval_fraction=0.1)

@@ -29,7 +29,9 @@ def letters(tokenizer) -> TextEncoder:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["model"]["merges"] = []
     content["model"]["vocab"] = {word: i for word, i in content["model"]["vocab"].items() if i < 259}
-    return TextEncoder(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|endoftext|>"))
+    return TextEncoder(
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|endoftext|>")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def taught(data: PreparedData) -> Counter[int]:
 
 @PROPERTY
 @given(documents=st.lists(LETTERS, min_size=1, max_size=8), max_length=st.integers(2, 24), seed=st.integers(0, 3))
-def test_every_block_but_the_last_has_exactly_the_length_and_nothing_is_padding(folder, letters, documents, max_length, seed):
+def test_every_block_but_the_last_has_exactly_the_length_and_nothing_is_padding(
+    folder, letters, documents, max_length, seed
+) -> None:
     data = prepared(folder, letters, documents, max_length, seed)
     lengths = [len(tokens(example)) for example in data.train]
     assert lengths[:-1] == [max_length] * (len(lengths) - 1)
@@ -76,14 +80,14 @@ def test_every_block_but_the_last_has_exactly_the_length_and_nothing_is_padding(
 @example(documents=["abc"], max_length=3)  # the end token begins a block
 @example(documents=["ab", "c"], max_length=4)  # a document's first token ends a block
 @example(documents=["abcdefgh"], max_length=2)
-def test_every_token_of_every_document_is_taught_once_but_the_first(folder, letters, documents, max_length):
+def test_every_token_of_every_document_is_taught_once_but_the_first(folder, letters, documents, max_length) -> None:
     """So each document's end token is taught exactly once, also where a block ends right before it."""
     data = prepared(folder, letters, documents, max_length)
     expected = Counter(i for document in documents for i in letters.text(document)[1:])
     assert taught(data) == expected + Counter({letters.document_end: len(documents)})
 
 
-def test_positions_restart_and_attention_ends_at_every_document(folder, letters):
+def test_positions_restart_and_attention_ends_at_every_document(folder, letters) -> None:
     """Trap 12."""
     data = prepared(folder, letters, ["abc", "de", "fgh"], 11)
     (block,) = data.train
@@ -94,10 +98,12 @@ def test_positions_restart_and_attention_ends_at_every_document(folder, letters)
     assert row.positions[0].tolist() == [i for length in lengths for i in range(length)]
 
 
-def test_a_document_begins_with_the_begin_token_where_the_tokenizer_puts_one(folder, letters):
+def test_a_document_begins_with_the_begin_token_where_the_tokenizer_puts_one(folder, letters) -> None:
     """Trap 17: exactly one, also where the text spells it."""
     beginning = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(letters.tokenizer.backend_tokenizer.to_str()), eos_token="<|endoftext|>", bos_token="<s>"
+        tokenizer_object=Tokenizer.from_str(letters.tokenizer.backend_tokenizer.to_str()),
+        eos_token="<|endoftext|>",
+        bos_token="<s>",
     )
     begin = beginning.bos_token_id
     beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
@@ -110,7 +116,7 @@ def test_a_document_begins_with_the_begin_token_where_the_tokenizer_puts_one(fol
     assert taught(data)[begin] == 0
 
 
-def test_control_strings_in_a_document_are_text(folder, encoder):
+def test_control_strings_in_a_document_are_text(folder, encoder) -> None:
     data = prepared(folder, encoder.encoder, ["a<|endoftext|>b<|im_end|>"], 64)
     (piece,) = pieces(data)
     assert [i for i in piece if i in encoder.encoder.control_ids] == [encoder.encoder.document_end]
@@ -119,7 +125,7 @@ def test_control_strings_in_a_document_are_text(folder, encoder):
 # Order
 
 
-def test_the_seed_decides_the_order_of_documents_and_nothing_else(folder, letters):
+def test_the_seed_decides_the_order_of_documents_and_nothing_else(folder, letters) -> None:
     documents = [letter * 3 for letter in "abcdefgh"]
     orders = [pieces(prepared(folder, letters, documents, 64, seed)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
@@ -131,7 +137,7 @@ def test_the_seed_decides_the_order_of_documents_and_nothing_else(folder, letter
 # Report and what is left out
 
 
-def test_the_report_counts_what_is_there(folder, letters):
+def test_the_report_counts_what_is_there(folder, letters) -> None:
     data = prepared(folder, letters, ["abc", "", "de"], 64)
     assert data.report["rows_read"] == 3
     assert data.report["dropped_because_empty"] == 1
@@ -140,13 +146,13 @@ def test_the_report_counts_what_is_there(folder, letters):
     assert data.report["scored_tokens"] == sum(taught(data).values()) == 3 + 2
 
 
-def test_nothing_left_to_train_on_is_refused_with_the_counts(folder, letters):
+def test_nothing_left_to_train_on_is_refused_with_the_counts(folder, letters) -> None:
     with pytest.raises(UserError, match=r"no example is left to train on \(rows_read=1, dropped_because_empty=1\)"):
         prepared(folder, letters, [""], 8)
 
 
-def test_blocks_of_one_token_are_refused(folder, letters):
-    with pytest.raises(UserError, match="max_length|no example is left"):
+def test_blocks_of_one_token_are_refused(folder, letters) -> None:
+    with pytest.raises(UserError, match=r"max_length|no example is left"):
         prepared(folder, letters, ["abc"], 1)
 
 
@@ -158,16 +164,20 @@ def test_blocks_of_one_token_are_refused(folder, letters):
     documents=st.lists(st.sampled_from(["ab", "ab ", "cd", "ef", "gh", "a", "b"]), min_size=2, max_size=12),
     fraction=st.floats(0.05, 0.9),
 )
-def test_no_document_is_on_both_sides(folder, letters, documents, fraction):
+def test_no_document_is_on_both_sides(folder, letters, documents, fraction) -> None:
     path = write_jsonl(folder / "split.jsonl", [{"text": text} for text in documents])
     config = LanguageModelingDatasetConfig(dataset_name=str(path), eval_fraction=fraction)
     trained_on = {text.strip() for text in training_texts(config)}
-    held_out = {letters.tokenizer.decode(segment.ids[:-1]).strip() for block in held_out_blocks(config, letters, 99) for segment in block.segments}
+    held_out = {
+        letters.tokenizer.decode(segment.ids[:-1]).strip()
+        for block in held_out_blocks(config, letters, 99)
+        for segment in block.segments
+    }
     assert not trained_on & held_out
     assert trained_on | held_out == {text.strip() for text in documents}
 
 
-def test_a_document_of_the_eval_split_is_not_trained_on(tmp_path, letters):
+def test_a_document_of_the_eval_split_is_not_trained_on(tmp_path, letters) -> None:
     from datasets import Dataset, DatasetDict
 
     parts = {"train": ["ab", "cd", "ef "], "test": ["cd", "ef", "gh"]}
@@ -183,7 +193,7 @@ def test_a_document_of_the_eval_split_is_not_trained_on(tmp_path, letters):
 # Several sources
 
 
-def test_further_sources_are_shuffled_in_under_their_own_columns(tmp_path, letters):
+def test_further_sources_are_shuffled_in_under_their_own_columns(tmp_path, letters) -> None:
     first = write_jsonl(tmp_path / "first.jsonl", [{"text": "ab"}, {"text": "cd"}])
     second = write_jsonl(tmp_path / "second.jsonl", [{"story": "ef"}, {"story": "gh"}, {"story": "aa"}])
     third = tmp_path / "third.txt"
@@ -199,12 +209,10 @@ def test_further_sources_are_shuffled_in_under_their_own_columns(tmp_path, lette
     assert sorted(pieces(data)) == sorted([*letters.text(text), letters.document_end] for text in training_texts(config))
 
 
-def test_a_bad_row_of_a_further_source_is_named_with_its_own_file_and_column(tmp_path, letters):
+def test_a_bad_row_of_a_further_source_is_named_with_its_own_file_and_column(tmp_path, letters) -> None:
     first = write_jsonl(tmp_path / "first.jsonl", [{"text": "ab"}])
     second = write_jsonl(tmp_path / "second.jsonl", [{"story": "ef"}, {"story": 3}])
-    config = LanguageModelingDatasetConfig(
-        dataset_name=str(first), also=[{"dataset_name": str(second), "text_field": "story"}]
-    )
+    config = LanguageModelingDatasetConfig(dataset_name=str(first), also=[{"dataset_name": str(second), "text_field": "story"}])
     with pytest.raises(UserError) as refused:
         prepare_documents(config, letters, 8, 0)
     assert str(refused.value) == f"{second}, line 2: column 'story' must be text, not int"
@@ -213,7 +221,7 @@ def test_a_bad_row_of_a_further_source_is_named_with_its_own_file_and_column(tmp
 # Real files
 
 
-def test_real_stories_are_split_at_their_separator(shared_data, encoder):
+def test_real_stories_are_split_at_their_separator(shared_data, encoder) -> None:
     path = shared_data / "pretrain/tinystories-10k-lines/tinystories_10k.txt"
     config = LanguageModelingDatasetConfig(dataset_name=str(path), document_separator="<|endoftext|>")
     texts = training_texts(config)
@@ -224,7 +232,7 @@ def test_real_stories_are_split_at_their_separator(shared_data, encoder):
     assert {len(tokens(example)) for example in data.train[:-1]} == {256}
 
 
-def test_real_plays_are_one_document(shared_data, encoder):
+def test_real_plays_are_one_document(shared_data, encoder) -> None:
     config = LanguageModelingDatasetConfig(dataset_name=str(shared_data / "pretrain/tinyshakespeare/input.txt"))
     (text,) = training_texts(config)
     assert len(text) == 1_115_393  # wc -m, less the line feed at the end

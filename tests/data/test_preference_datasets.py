@@ -84,12 +84,12 @@ ONE_TURN = ("<|im_start|>user\nWho bakes?<|im_end|>\n<|im_start|>assistant\n", "
     ],
     ids=["strings", "question", "rasbt", "messages", "ultrafeedback", "shared turns", "hh", "stack exchange", "own column"],
 )
-def test_every_layout_becomes_the_same_pair(folder, encoder, row, fields):
+def test_every_layout_becomes_the_same_pair(folder, encoder, row, fields) -> None:
     (pair,) = prepared(folder, encoder, [row], **fields).train
     assert read(encoder, pair) == ONE_TURN
 
 
-def test_an_hh_dialogue_of_many_turns_keeps_its_history_in_the_prompt(folder, encoder):
+def test_an_hh_dialogue_of_many_turns_keeps_its_history_in_the_prompt(folder, encoder) -> None:
     history = "\n\nHuman: Who bakes?\n\nAssistant: Anna.\n\nHuman: Does she\n\nsing?\n\nAssistant:"
     (pair,) = prepared(folder, encoder, [{"chosen": f"{history} Yes.", "rejected": f"{history} No.\n\nNever."}]).train
     prompt, chosen, rejected = read(encoder, pair)
@@ -100,14 +100,14 @@ def test_an_hh_dialogue_of_many_turns_keeps_its_history_in_the_prompt(folder, en
     assert (chosen, rejected) == ("Yes.<|im_end|>", "No.\n\nNever.<|im_end|>")
 
 
-def test_a_prompt_of_messages_keeps_its_system_turn_and_history(folder, encoder):
+def test_a_prompt_of_messages_keeps_its_system_turn_and_history(folder, encoder) -> None:
     prompt = [{"role": "system", "content": "Be brief."}, user("Who bakes?"), assistant("Anna."), user("Who sings?")]
     (pair,) = prepared(folder, encoder, [{"prompt": prompt, "chosen": "Bob.", "rejected": "No."}]).train
     assert read(encoder, pair)[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho bakes?")
     assert all(segment.ids[segment.scored].tolist().count(encoder.end_token_id) == 1 for segment in pair.segments)
 
 
-def test_rows_that_are_no_pair_are_dropped_and_counted_by_reason(folder, encoder):
+def test_rows_that_are_no_pair_are_dropped_and_counted_by_reason(folder, encoder) -> None:
     def hh(question: str, answer: str) -> str:
         return f"\n\nHuman: {question}\n\nAssistant: {answer}"
 
@@ -139,7 +139,7 @@ def test_rows_that_are_no_pair_are_dropped_and_counted_by_reason(folder, encoder
 @example(words=("a", "b" * 40, "c"), max_length=2, prompt_share=0.0, answer_share=0.0)
 def test_cutting_keeps_one_prompt_and_two_answers_within_every_limit(
     encoder, words, max_length, prompt_share, answer_share
-):
+) -> None:
     def limit(share: float | None) -> int | None:
         return None if share is None else 1 + int(share * (max_length - 2))
 
@@ -172,7 +172,7 @@ def test_cutting_keeps_one_prompt_and_two_answers_within_every_limit(
         assert longest == max_length or len(kept_prompt) == most_prompt
 
 
-def test_a_pair_that_fits_is_not_cut(folder, encoder):
+def test_a_pair_that_fits_is_not_cut(folder, encoder) -> None:
     row = {"prompt": "Who bakes?", "chosen": "Anna.", "rejected": "Nobody at all."}
     (pair,) = prepared(folder, encoder, [row]).train
     longest = max(len(segment) for segment in pair.segments)
@@ -182,7 +182,7 @@ def test_a_pair_that_fits_is_not_cut(folder, encoder):
     assert prepared(folder, encoder, [row], DPOConfig(max_length=longest - 1)).fingerprint() != exact.fingerprint()
 
 
-def test_cut_answers_are_counted_and_end_without_an_end_token(folder, encoder):
+def test_cut_answers_are_counted_and_end_without_an_end_token(folder, encoder) -> None:
     rows = [
         {"prompt": "Who?", "chosen": "Anna bakes it all.", "rejected": "Nobody bakes it, ever."},
         {"prompt": "Who?", "chosen": "A.", "rejected": "B."},
@@ -194,7 +194,7 @@ def test_cut_answers_are_counted_and_end_without_an_end_token(folder, encoder):
     assert ends == [False, False, True, True, True, False]
 
 
-def test_answers_that_differ_only_behind_the_cut_are_dropped_and_counted(folder, encoder):
+def test_answers_that_differ_only_behind_the_cut_are_dropped_and_counted(folder, encoder) -> None:
     """Both sides would be the same tokens: nothing to prefer."""
     rows = [
         {"prompt": "Who?", "chosen": "Anna bakes all the bread.", "rejected": "Anna bakes all the cake."},
@@ -210,9 +210,10 @@ def test_answers_that_differ_only_behind_the_cut_are_dropped_and_counted(folder,
 
 @PROPERTY
 @given(questions=st.lists(st.sampled_from("abcdefg"), min_size=2, max_size=12), fraction=st.floats(0.05, 0.9))
-def test_no_prompt_is_on_both_sides(folder, encoder, questions, fraction):
+def test_no_prompt_is_on_both_sides(folder, encoder, questions, fraction) -> None:
     rows = [
-        {"prompt": question + " " * (n % 2), "chosen": f"yes {n}", "rejected": f"no {n}"} for n, question in enumerate(questions)
+        {"prompt": question + " " * (n % 2), "chosen": f"yes {n}", "rejected": f"no {n}"}
+        for n, question in enumerate(questions)
     ]
     path = write_jsonl(folder / "split.jsonl", rows)
     config = PreferenceDatasetConfig(dataset_name=str(path), eval_fraction=fraction)
@@ -228,7 +229,7 @@ def test_no_prompt_is_on_both_sides(folder, encoder, questions, fraction):
     assert {questions[pair.row] for pair in data.evaluation} == held_out
 
 
-def test_the_same_question_in_another_layout_is_held_out_too(folder, encoder):
+def test_the_same_question_in_another_layout_is_held_out_too(folder, encoder) -> None:
     """What decides is the prompt, not how the row spells it."""
     path = write_jsonl(
         folder / "layouts.jsonl",
@@ -246,7 +247,7 @@ def test_the_same_question_in_another_layout_is_held_out_too(folder, encoder):
     assert len({pair.row // 2 for pair in data.evaluation}) * 2 == len(data.evaluation)
 
 
-def test_a_prompt_of_the_eval_split_is_not_trained_on(tmp_path, encoder):
+def test_a_prompt_of_the_eval_split_is_not_trained_on(tmp_path, encoder) -> None:
     from datasets import Dataset, DatasetDict
 
     parts = {"train": "abc", "test": "cd"}
@@ -263,7 +264,7 @@ def test_a_prompt_of_the_eval_split_is_not_trained_on(tmp_path, encoder):
 # Real files
 
 
-def test_real_dialogues_of_hh_rlhf_go_through(shared_data, encoder):
+def test_real_dialogues_of_hh_rlhf_go_through(shared_data, encoder) -> None:
     """Against a reading of our own: split at the last `Assistant:` and compare. 2,312 rows give 2,303 pairs."""
     path = shared_data / "preference/hh-rlhf-harmless-base/test.jsonl.gz"
     config = PreferenceDatasetConfig(dataset_name=str(path))
@@ -278,14 +279,14 @@ def test_real_dialogues_of_hh_rlhf_go_through(shared_data, encoder):
             assert (pair.chosen, pair.rejected) == (chosen.strip(), rejected.strip())
             assert len(pair.prompt) == prompt.count("\n\nHuman:") + prompt.count("\n\nAssistant:")
     data = prepare_preferences(config.model_copy(update={"max_rows": 100}), DPOConfig(max_length=4096), encoder)
-    for example in data.train:
-        pair = found[example.row]
+    for encoded in data.train:
+        pair = found[encoded.row]
         assert isinstance(pair, Pair)
-        assert read(encoder, example)[1:] == (f"{pair.chosen}<|im_end|>", f"{pair.rejected}<|im_end|>")
+        assert read(encoder, encoded)[1:] == (f"{pair.chosen}<|im_end|>", f"{pair.rejected}<|im_end|>")
     assert data.report["answers_cut"] == 0
 
 
-def test_real_instructions_with_two_answers_go_through(shared_data, encoder):
+def test_real_instructions_with_two_answers_go_through(shared_data, encoder) -> None:
     """rasbt's {instruction, input, output, rejected, chosen}: 1,100 rows, 6 of them with chosen == rejected."""
     path = shared_data / "preference/rasbt-ch07/instruction-data-with-preference.json"
     config = PreferenceDatasetConfig(dataset_name=str(path), eval_fraction=0.1)

@@ -70,39 +70,39 @@ def _csv(rows: list[dict]) -> bytes:
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize(("suffix", "encode"), [("jsonl", _jsonl), ("json", _json), ("csv", _csv)])
-def test_the_same_rows_come_from_every_text_format(tmp_path, suffix, encode, zipped):
+def test_the_same_rows_come_from_every_text_format(tmp_path, suffix, encode, zipped) -> None:
     content = encode(ROWS)
     path = write(tmp_path / f"rows.{suffix}{'.gz' * zipped}", gzip.compress(content) if zipped else content)
     assert load(path).rows == ROWS
 
 
-def test_the_same_rows_come_from_parquet(tmp_path):
+def test_the_same_rows_come_from_parquet(tmp_path) -> None:
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_list(ROWS).to_parquet(path)
     assert load(path).rows == ROWS
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_file_name_may_hold_what_a_pattern_would_read_otherwise(tmp_path, suffix):
+def test_a_file_name_may_hold_what_a_pattern_would_read_otherwise(tmp_path, suffix) -> None:
     path = tmp_path / f"rows [1]*.{suffix}"
     table = datasets.Dataset.from_list(ROWS)
     table.to_csv(path) if suffix == "csv" else table.to_parquet(path)
     assert [row["note"] for row in load(path).rows] == ["a", "b", "c"]
 
 
-def test_the_cells_of_a_csv_are_text_whatever_they_look_like(tmp_path):
+def test_the_cells_of_a_csv_are_text_whatever_they_look_like(tmp_path) -> None:
     path = write(tmp_path / "rows.csv", "question,answer\n1 + 1?,2\nIs it?,NA\nWhat?,\nReally?,None\n")
     assert [row["answer"] for row in load(path).rows] == ["2", "NA", "", "None"]
 
 
-def test_a_csv_that_has_changed_is_read_again(tmp_path):
+def test_a_csv_that_has_changed_is_read_again(tmp_path) -> None:
     path = write(tmp_path / "rows.csv", "text\na\n")
     assert load(path).rows == [{"text": "a"}]
     write(path, "text\nb\n")
     assert load(path).rows == [{"text": "b"}]
 
 
-def test_a_text_file_is_one_document_or_is_split_at_the_separator(tmp_path):
+def test_a_text_file_is_one_document_or_is_split_at_the_separator(tmp_path) -> None:
     path = write(tmp_path / "a.txt", "One.\n\nStill one.\n---\n\nTwo.\n---\n---\n  \n---\nThree.")
     assert [row["text"] for row in load(path).rows] == [path.read_text().strip()]
     rows = load(path, document_separator="---")
@@ -110,12 +110,12 @@ def test_a_text_file_is_one_document_or_is_split_at_the_separator(tmp_path):
     assert [rows.place(i) for i in range(3)] == [f"{path}, line 1", f"{path}, line 5", f"{path}, line 11"]
 
 
-def test_a_text_file_fills_the_column_that_the_config_names(tmp_path):
+def test_a_text_file_fills_the_column_that_the_config_names(tmp_path) -> None:
     assert load(write(tmp_path / "a.txt", "One."), text_field="story").rows == [{"story": "One."}]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-def test_line_separators_of_unicode_end_no_line(tmp_path, suffix):
+def test_line_separators_of_unicode_end_no_line(tmp_path, suffix) -> None:
     """Only line feeds do, in jsonl by definition and in text as every editor counts."""
     text = "a\u2028b\x0cc\x85d"
     content = text if suffix == "txt" else json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "x"}\n'
@@ -124,7 +124,7 @@ def test_line_separators_of_unicode_end_no_line(tmp_path, suffix):
     assert rows.place(1).endswith("line 3" if suffix == "txt" else "line 2")
 
 
-def test_folders_saved_by_datasets_give_their_splits(tmp_path):
+def test_folders_saved_by_datasets_give_their_splits(tmp_path) -> None:
     parts = {"train": datasets.Dataset.from_list(ROWS[:2]), "test": datasets.Dataset.from_list(ROWS[2:])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
     assert load(tmp_path / "two").rows == ROWS[:2]
@@ -133,13 +133,13 @@ def test_folders_saved_by_datasets_give_their_splits(tmp_path):
     assert "has ['test', 'train']" in refusal(lambda: load(tmp_path / "two", "dev"))
 
 
-def test_a_folder_with_one_saved_split_is_that_split_and_no_other(tmp_path):
+def test_a_folder_with_one_saved_split_is_that_split_and_no_other(tmp_path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert load(tmp_path / "one").rows == ROWS
     assert "split='test'" in refusal(lambda: load(tmp_path / "one", "test"))
 
 
-def test_max_rows_takes_the_first(tmp_path):
+def test_max_rows_takes_the_first(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", _jsonl(ROWS))
     assert load(path, max_rows=2).rows == ROWS[:2]
     assert load(path, max_rows=9).rows == ROWS
@@ -156,7 +156,7 @@ def test_max_rows_takes_the_first(tmp_path):
         ("a.csv", b"text\na\nb\n", ("row 1", "line 3")),
     ],
 )
-def test_a_row_names_itself(tmp_path, name, content, place):
+def test_a_row_names_itself(tmp_path, name, content, place) -> None:
     path = write(tmp_path / name, content)
     places = place if isinstance(place, tuple) else (place,)
     assert load(path).place(1) in [f"{path}, {place}" for place in places]
@@ -192,7 +192,7 @@ GZ = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(60)), m
     ],
     ids=lambda value: None if isinstance(value, list) else repr(value)[:30],
 )
-def test_a_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path, name, content, expected):
+def test_a_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path, name, content, expected) -> None:
     path = write(tmp_path / name, content)
     message = refusal(lambda: load(path))
     assert str(path) in message
@@ -201,29 +201,29 @@ def test_a_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path, name, co
 
 
 @pytest.mark.parametrize("at", range(10, len(GZ) - 12, 9))
-def test_no_damage_to_a_zipped_file_escapes_as_another_error(tmp_path, at):
+def test_no_damage_to_a_zipped_file_escapes_as_another_error(tmp_path, at) -> None:
     path = write(tmp_path / "a.jsonl.gz", GZ[:at] + bytes([GZ[at] ^ 64]) + GZ[at + 1 :])
     assert str(path) in refusal(lambda: load(path))
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.txt.gz", "a/absent.parquet"])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_a_missing_file_is_named(tmp_path, name) -> None:
     assert refusal(lambda: load(tmp_path / name)) == f"dataset_name={str(tmp_path / name)!r}: no such file"
     assert "no such file" in refusal(lambda: load(name))
 
 
-def test_a_file_has_the_one_split_train(tmp_path):
+def test_a_file_has_the_one_split_train(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "a"}')
     message = refusal(lambda: load(path, "test"))
     assert "split='test'" in message
     assert str(path) in message
 
 
-def test_a_folder_that_datasets_did_not_save_is_named(tmp_path):
+def test_a_folder_that_datasets_did_not_save_is_named(tmp_path) -> None:
     assert str(tmp_path) in refusal(lambda: load(tmp_path))
 
 
-def test_an_unknown_built_in_name_is_answered_with_the_one_there_is():
+def test_an_unknown_built_in_name_is_answered_with_the_one_there_is() -> None:
     assert refusal(lambda: load("builtin:town")).endswith("the only built-in data set is 'builtin:village'")
     assert "choose one of train, test" in refusal(lambda: load("builtin:village", "dev"))
 
@@ -238,7 +238,7 @@ BAD_ROWS = [
     ("instructions", [{"prompt": "a", "completion": ["b"]}], ["line 1", "'completion' must be text, not list"]),
     ("instructions", [{"instruction": "a", "input": 5, "output": "b"}], ["line 1", "'input' must be text, not int"]),
     ("instructions", [{"messages": None}], ["line 1", "'messages'"]),
-    ("instructions", [{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}], ["message 1", "role"]),
+    ("instructions", [{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}], ["message 1"]),
     ("instructions", [{"messages": [{"role": "user", "content": None}]}], ["line 1", "'messages' message 0", "content"]),
     ("instructions", [{"messages": [{"role": ["user"], "content": "a"}]}], ["line 1", "'messages' message 0", "role"]),
     ("instructions", [{"messages": [{"role": "user", "content": "half \ud83d"}]}], ["line 1", "'messages' message 0"]),
@@ -246,7 +246,7 @@ BAD_ROWS = [
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": 3}], ["line 1", "'rejected' must be text", "int"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": None}], ["line 1", "'rejected' must be text", "NoneType"]),
     ("preferences", [{"prompt": "a", "chosen": [], "rejected": "b"}], ["line 1", "'chosen'", "empty"]),
-    ("preferences", [{"prompt": "a", "chosen": {"role": "assistant"}, "rejected": "b"}], ["line 1", "'chosen' must be text", "dict"]),
+    ("preferences", [{"prompt": "a", "chosen": {"role": "assistant"}, "rejected": "b"}], ["'chosen' must be text", "dict"]),
     ("preferences", [{"prompt": 4, "chosen": "a", "rejected": "b"}], ["line 1", "'prompt' must be text, not int"]),
     ("preferences", [{"chosen": "a", "rejected": "b"}], ["line 1", "no prompt", "set prompt_field"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": [{"role": "x", "content": "c"}]}], ["'rejected' message 0"]),
@@ -264,7 +264,7 @@ def prepare(kind: str, path: Path, encoder: Any, **fields: Any) -> object:
 
 @pytest.mark.parametrize("fields", [{}, {"eval_fraction": 0.5}], ids=["all", "held out"])
 @pytest.mark.parametrize(("kind", "rows", "expected"), BAD_ROWS)
-def test_a_bad_row_is_one_line_with_file_line_and_field(tmp_path, encoder, kind, rows, expected, fields):
+def test_a_bad_row_is_one_line_with_file_line_and_field(tmp_path, encoder, kind, rows, expected, fields) -> None:
     path = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     message = refusal(lambda: prepare(kind, path, encoder, **fields))
     assert message.startswith(f"{path}, line ")
@@ -281,7 +281,7 @@ GOOD_ROWS = {
 
 @pytest.mark.parametrize("fields", [{}, {"eval_fraction": 0.5}], ids=["all", "held out"])
 @pytest.mark.parametrize("kind", GOOD_ROWS)
-def test_half_a_character_is_one_line_with_file_line_and_field(tmp_path, encoder, kind, fields):
+def test_half_a_character_is_one_line_with_file_line_and_field(tmp_path, encoder, kind, fields) -> None:
     r"""Scraped JSON holds lone surrogates (`\ud83d`), which are no text and have no bytes."""
     good = GOOD_ROWS[kind]
     for field in good:
@@ -296,19 +296,19 @@ def test_half_a_character_is_one_line_with_file_line_and_field(tmp_path, encoder
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), low=st.floats(0, 0.999), high=st.floats(0, 0.999))
-def test_a_larger_fraction_holds_out_what_a_smaller_one_does(text, low, high):
+def test_a_larger_fraction_holds_out_what_a_smaller_one_does(text, low, high) -> None:
     low, high = sorted((low, high))
     assert is_held_out(prompt_hash(text), high) or not is_held_out(prompt_hash(text), low)
     assert not is_held_out(prompt_hash(text), 0.0)
     assert prompt_hash(text) == prompt_hash(f"  {text}\n")
 
 
-def test_the_fraction_is_the_share_that_is_held_out():
+def test_the_fraction_is_the_share_that_is_held_out() -> None:
     share = sum(is_held_out(prompt_hash(f"prompt {i}"), 0.2) for i in range(5000)) / 5000
     assert 0.18 < share < 0.22
 
 
-def test_who_is_held_out_is_the_same_on_every_machine():
+def test_who_is_held_out_is_the_same_on_every_machine() -> None:
     assert prompt_hash("Who bakes?") == 0xE6F773BBE63B8888  # printf "Who bakes?" | sha256sum
 
 
@@ -341,7 +341,7 @@ refused(lambda: load_model(NAME, "sft_checkpoint"))
     [(ASK, {"HF_HUB_OFFLINE": "1"}), (ASK + ASK_FOR_ALL, {"HF_ENDPOINT": "http://127.0.0.1:9"})],
     ids=["told to stay offline", "nobody answers"],
 )
-def test_a_hub_name_without_a_network_is_refused_soon(tmp_path, questions, environment):
+def test_a_hub_name_without_a_network_is_refused_soon(tmp_path, questions, environment) -> None:
     """A closed port stands for no network; the limit is only there to stop `huggingface_hub`'s retries, 24 s for each name."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     command = [sys.executable, "-c", f"NAME = {NO_SUCH!r}{questions}"]

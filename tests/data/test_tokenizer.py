@@ -41,28 +41,28 @@ def copy_of(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 # Training one
 
 
-def test_the_same_texts_give_the_same_tokenizer():
+def test_the_same_texts_give_the_same_tokenizer() -> None:
     fingerprints = {tokenizer_fingerprint(train_tokenizer(list(SENTENCES), 290)) for _ in range(2)}
     assert len(fingerprints) == 1
     assert tokenizer_fingerprint(train_tokenizer(SENTENCES[:4], 290)) not in fingerprints
     assert tokenizer_fingerprint(train_tokenizer(SENTENCES, 280)) not in fingerprints
 
 
-def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused_with_the_smallest_that_can():
-    with pytest.raises(UserError, match="vocab_size=258 is too small .* at least 259"):
+def test_a_vocabulary_that_cannot_hold_the_bytes_is_refused_with_the_smallest_that_can() -> None:
+    with pytest.raises(UserError, match=r"vocab_size=258 is too small .* at least 259"):
         train_tokenizer(SENTENCES, 258)
     assert len(train_tokenizer(SENTENCES, 259)) == 259
 
 
 @PROPERTY
 @given(text=TEXT | TEXT_WITH_CONTROL_STRINGS)
-def test_any_text_comes_back_from_its_ids(encoder, text):
+def test_any_text_comes_back_from_its_ids(encoder, text) -> None:
     ids = encoder.encoder.text(text)
     assert encoder.tokenizer.decode(ids, skip_special_tokens=False) == text
     assert encoder.tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_trained_tokenizer_survives_saving(tokenizer, tmp_path):
+def test_a_trained_tokenizer_survives_saving(tokenizer, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
@@ -76,23 +76,23 @@ def test_a_trained_tokenizer_survives_saving(tokenizer, tmp_path):
 
 @PROPERTY
 @given(text=TEXT_WITH_CONTROL_STRINGS)
-def test_text_never_becomes_a_control_token(encoder, text):
+def test_text_never_becomes_a_control_token(encoder, text) -> None:
     assert not set(encoder.encoder.text(text)) & encoder.encoder.control_ids
 
 
 @PROPERTY
 @given(text=TEXT)
-def test_text_without_control_strings_has_the_ids_that_the_tokenizer_itself_gives(encoder, text):
+def test_text_without_control_strings_has_the_ids_that_the_tokenizer_itself_gives(encoder, text) -> None:
     if not any(token in text for token in CONTROL):
         assert encoder.encoder.text(text) == encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_many_texts_at_once_have_the_ids_of_one_at_a_time(encoder):
+def test_many_texts_at_once_have_the_ids_of_one_at_a_time(encoder) -> None:
     texts = [*SENTENCES, "", "<|im_end|>"]
     assert encoder.encoder.texts(texts) == [encoder.encoder.text(text) for text in texts]
 
 
-def test_a_template_piece_gets_control_tokens(encoder):
+def test_a_template_piece_gets_control_tokens(encoder) -> None:
     end, start = (encoder.tokenizer.convert_tokens_to_ids(token) for token in (TURN_END, TURN_START))
     ids = encoder.encoder.control(f"{TURN_END}\n{TURN_START}user\n")
     assert ids[0] == end
@@ -130,7 +130,7 @@ def _whole_words_before_merges() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("build", [_unigram, _whole_words, _whole_words_before_merges])
-def test_text_never_becomes_a_control_token_whatever_the_kind_of_tokenizer(build):
+def test_text_never_becomes_a_control_token_whatever_the_kind_of_tokenizer(build) -> None:
     """Their vocabularies hold the control strings as whole words, so leaving out the added tokens is not enough."""
     tokenizer = build()
     encoder = TextEncoder(tokenizer)
@@ -140,7 +140,7 @@ def test_text_never_becomes_a_control_token_whatever_the_kind_of_tokenizer(build
     assert encoder.text("the cat sat") == tokenizer("the cat sat", add_special_tokens=False)["input_ids"]
 
 
-def test_added_tokens_that_are_only_spaces_are_text(tokenizer):
+def test_added_tokens_that_are_only_spaces_are_text(tokenizer) -> None:
     """The tokenizers of GPT-NeoX, OLMo and Phi-2 hold runs of spaces as added tokens; text keeps them."""
     spaced = copy_of(tokenizer)
     spaced.add_tokens([AddedToken("    ", normalized=True, special=False)])
@@ -149,7 +149,7 @@ def test_added_tokens_that_are_only_spaces_are_text(tokenizer):
     assert TextEncoder(spaced).text(text) == spaced(text)["input_ids"]
 
 
-def test_truncation_and_padding_kept_in_a_tokenizer_file_change_nothing(tokenizer, tmp_path):
+def test_truncation_and_padding_kept_in_a_tokenizer_file_change_nothing(tokenizer, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     kept = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     kept.enable_truncation(4)
@@ -166,7 +166,7 @@ def test_truncation_and_padding_kept_in_a_tokenizer_file_change_nothing(tokenize
 # Begin and end of a document (trap 17)
 
 
-def test_a_document_begins_with_the_begin_token_only_where_the_tokenizer_puts_one(tokenizer):
+def test_a_document_begins_with_the_begin_token_only_where_the_tokenizer_puts_one(tokenizer) -> None:
     assert TextEncoder(tokenizer).document_start == []
     beginning = copy_of(tokenizer)
     beginning.add_special_tokens({"bos_token": "<s>"})
@@ -182,7 +182,7 @@ def test_a_document_begins_with_the_begin_token_only_where_the_tokenizer_puts_on
 # Chat template
 
 
-def test_a_tokenizer_without_a_chat_template_gets_chatml_and_its_two_tokens_and_keeps_its_own(tokenizer):
+def test_a_tokenizer_without_a_chat_template_gets_chatml_and_its_two_tokens_and_keeps_its_own(tokenizer) -> None:
     plain = copy_of(tokenizer)
     plain.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     size = len(plain)
@@ -193,7 +193,7 @@ def test_a_tokenizer_without_a_chat_template_gets_chatml_and_its_two_tokens_and_
     assert {plain.convert_tokens_to_ids(token) for token in (*CONTROL, "<|tool|>")} <= TextEncoder(plain).control_ids
 
 
-def test_a_chat_template_of_its_own_is_left_alone(tokenizer):
+def test_a_chat_template_of_its_own_is_left_alone(tokenizer) -> None:
     own = copy_of(tokenizer)
     own.chat_template = "{{ messages[0]['content'] }}"
     assert with_chat_template(own).chat_template == "{{ messages[0]['content'] }}"
@@ -202,23 +202,23 @@ def test_a_chat_template_of_its_own_is_left_alone(tokenizer):
 # Loading
 
 
-def test_a_folder_without_a_tokenizer_is_refused_by_field(tmp_path):
+def test_a_folder_without_a_tokenizer_is_refused_by_field(tmp_path) -> None:
     with pytest.raises(UserError, match=r"sft_checkpoint='.*': this folder holds no tokenizer"):
         load_tokenizer(tmp_path, "sft_checkpoint")
 
 
-def test_a_path_that_does_not_exist_is_refused(tmp_path):
+def test_a_path_that_does_not_exist_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "a" / "b")
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(tokenizer, tmp_path):
+def test_a_tokenizer_without_an_end_token_is_refused(tokenizer, tmp_path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no end token"):
         load_tokenizer(tmp_path)
 
 
-def test_gpt2_gives_the_ids_that_the_world_knows(shared_data):
+def test_gpt2_gives_the_ids_that_the_world_knows(shared_data) -> None:
     gpt2 = load_tokenizer(shared_data / "tokenizers/gpt2")
     encoder = TextEncoder(gpt2)
     assert encoder.text("Hello world") == [15496, 995]
@@ -240,24 +240,24 @@ def checkpoint(tokenizer, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("named", [None, "no-such-org/out-of-reach", "the folder itself"])
-def test_the_recorded_name_needs_no_look_up(checkpoint, tokenizer, named):
+def test_the_recorded_name_needs_no_look_up(checkpoint, tokenizer, named) -> None:
     found, recorded = checkpoint_tokenizer(checkpoint, str(checkpoint) if named == "the folder itself" else named, "field")
     assert recorded == "no-such-org/out-of-reach"
     assert tokenizer_fingerprint(found) == tokenizer_fingerprint(tokenizer)
 
 
-def test_a_folder_that_is_not_ours_is_recorded_by_its_path(tokenizer, tmp_path):
+def test_a_folder_that_is_not_ours_is_recorded_by_its_path(tokenizer, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert checkpoint_tokenizer(tmp_path, None, "field")[1] == str(tmp_path)
 
 
-def test_identical_content_under_another_path_is_accepted(checkpoint, tokenizer, tmp_path):
+def test_identical_content_under_another_path_is_accepted(checkpoint, tokenizer, tmp_path) -> None:
     elsewhere = tmp_path / "elsewhere"
     tokenizer.save_pretrained(elsewhere)
     assert checkpoint_tokenizer(checkpoint, str(elsewhere), "field")[1] == "no-such-org/out-of-reach"
 
 
-def test_another_tokenizer_is_refused_with_both_sizes(checkpoint, tokenizer, tmp_path):
+def test_another_tokenizer_is_refused_with_both_sizes(checkpoint, tokenizer, tmp_path) -> None:
     other = train_tokenizer(SENTENCES, 280)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError) as refused:
@@ -269,7 +269,7 @@ def test_another_tokenizer_is_refused_with_both_sizes(checkpoint, tokenizer, tmp
     assert "leave tokenizer_name out" in message
 
 
-def test_the_same_size_with_another_order_is_another_tokenizer(checkpoint, tmp_path):
+def test_the_same_size_with_another_order_is_another_tokenizer(checkpoint, tmp_path) -> None:
     other = train_tokenizer([sentence.upper() for sentence in SENTENCES], 300)
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="is not the tokenizer of"):

@@ -1,9 +1,10 @@
-"""Opening and closing a run: same inputs return or resume, other inputs are refused, and every result is a folder for everyone."""
+"""Opening and closing a run: the same inputs return or resume, others are refused, and a result is a folder for everyone."""
 
 import copy
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 import torch
 from helpers import SENTENCES, save_start, stopped_after_first_save, tiny_model, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from modern_llm.checkpoint import read_manifest, verify
 from modern_llm.config import (
@@ -57,8 +66,9 @@ def sft(start: Path | str, data: dict[str, Path], output_dir: Path, **changes: A
     return run_sft(start, settings(output_dir, **changes), InstructionDatasetConfig(dataset_name=str(data["chats"])))
 
 
-def dpo(start: Path | str, data: dict[str, Path], output_dir: Path, config: DPOConfig = DPOConfig(), **changes: Any) -> Path:
-    return run_dpo(start, settings(output_dir, **changes), config, PreferenceDatasetConfig(dataset_name=str(data["pairs"])))
+def dpo(start: Path | str, data: dict[str, Path], output_dir: Path, reference: Path | None = None, **changes: Any) -> Path:
+    pairs = PreferenceDatasetConfig(dataset_name=str(data["pairs"]))
+    return run_dpo(start, settings(output_dir, **changes), DPOConfig(reference_checkpoint=reference), pairs)
 
 
 def pretrain(data: dict[str, Path], output_dir: Path, **changes: Any) -> Path:
@@ -100,7 +110,7 @@ def finished(start, data, tmp_path_factory) -> Path:
         ({"parent": None}, {"parent": {"weights": "y"}}, "parent: None there, {'weights': 'y'} now"),
     ],
 )
-def test_the_first_difference_is_named_as_users_know_it(there, now, expected):
+def test_the_first_difference_is_named_as_users_know_it(there, now, expected) -> None:
     assert first_difference(there, now) == expected
 
 
@@ -108,7 +118,7 @@ def test_the_first_difference_is_named_as_users_know_it(there, now, expected):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
-def test_a_finished_run_is_returned_untouched(start, data, tmp_path, stage):
+def test_a_finished_run_is_returned_untouched(start, data, tmp_path, stage) -> None:
     run: dict[str, Callable[[], Path]] = {
         "pretrain": lambda: pretrain(data, tmp_path / "run", save_every=1),
         "sft": lambda: sft(start, data, tmp_path / "run", save_every=1),
@@ -121,7 +131,7 @@ def test_a_finished_run_is_returned_untouched(start, data, tmp_path, stage):
     assert tree(tmp_path) == before
 
 
-def test_a_finished_run_that_was_moved_and_reports_elsewhere_is_returned_untouched(start, data, finished, tmp_path):
+def test_a_finished_run_that_was_moved_and_reports_elsewhere_is_returned_untouched(start, data, finished, tmp_path) -> None:
     shutil.copytree(finished, tmp_path / "moved")
     shutil.copytree(start, tmp_path / "start")
     before = tree(tmp_path)
@@ -138,7 +148,7 @@ def test_a_finished_run_that_was_moved_and_reports_elsewhere_is_returned_untouch
         ({"max_steps": 3}, "train.max_steps: 2 there, 3 now"),
     ],
 )
-def test_a_changed_config_in_the_same_folder_is_refused_naming_the_difference(start, data, finished, changes, expected):
+def test_a_changed_config_in_the_same_folder_is_refused_naming_the_difference(start, data, finished, changes, expected) -> None:
     before = tree(finished)
     with pytest.raises(UserError) as refused:
         sft(start, data, finished, **changes)
@@ -147,7 +157,7 @@ def test_a_changed_config_in_the_same_folder_is_refused_naming_the_difference(st
     assert tree(finished) == before
 
 
-def test_changed_data_in_the_same_folder_are_refused(start, data, finished, tmp_path):
+def test_changed_data_in_the_same_folder_are_refused(start, data, finished, tmp_path) -> None:
     before = tree(finished)
     other = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": QUESTION, "completion": "Bob."}] * 4)
     with pytest.raises(UserError, match=r"data.dataset_name: "):
@@ -161,13 +171,13 @@ def test_changed_data_in_the_same_folder_are_refused(start, data, finished, tmp_
     assert tree(finished) == before
 
 
-def test_another_start_in_the_same_folder_is_refused(data, finished, tokenizer, tmp_path):
+def test_another_start_in_the_same_folder_is_refused(data, finished, tokenizer, tmp_path) -> None:
     other = save_start(tiny_model(tokenizer, seed=2), tokenizer, tmp_path / "other")
-    with pytest.raises(UserError, match="parent.weights"):
+    with pytest.raises(UserError, match=r"parent\.weights"):
         sft(other, data, finished)
 
 
-def test_a_stopped_run_refuses_other_inputs_and_resumes_with_its_own(start, data, finished, tmp_path):
+def test_a_stopped_run_refuses_other_inputs_and_resumes_with_its_own(start, data, finished, tmp_path) -> None:
     with stopped_after_first_save():
         sft(start, data, tmp_path / "run", save_every=1)
     assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["checkpoints"]
@@ -178,7 +188,7 @@ def test_a_stopped_run_refuses_other_inputs_and_resumes_with_its_own(start, data
     assert (final / "model.safetensors").read_bytes() == (finished / "sft_final" / "model.safetensors").read_bytes()
 
 
-def test_a_damaged_checkpoint_is_not_resumed_from(start, data, tmp_path):
+def test_a_damaged_checkpoint_is_not_resumed_from(start, data, tmp_path) -> None:
     with stopped_after_first_save():
         sft(start, data, tmp_path, save_every=1)
     state = tmp_path / "checkpoints" / "step-000001" / "training" / "state.safetensors"
@@ -189,17 +199,16 @@ def test_a_damaged_checkpoint_is_not_resumed_from(start, data, tmp_path):
         sft(start, data, tmp_path, save_every=1)
 
 
-def test_a_reference_that_changed_at_the_same_path_is_not_taken_for_the_old_one(start, data, tokenizer, tmp_path):
+def test_a_reference_that_changed_at_the_same_path_is_not_taken_for_the_old_one(start, data, tokenizer, tmp_path) -> None:
     """Trap 30: the path of the reference is the same, its weights are not."""
     reference = save_start(tiny_model(tokenizer, seed=3), tokenizer, tmp_path / "reference")
-    config = DPOConfig(reference_checkpoint=reference)
-    dpo(start, data, tmp_path / "run", config)
+    dpo(start, data, tmp_path / "run", reference)
     save_start(tiny_model(tokenizer, seed=4), tokenizer, reference)
     with pytest.raises(UserError, match="reference"):
-        dpo(start, data, tmp_path / "run", config)
+        dpo(start, data, tmp_path / "run", reference)
 
 
-def test_a_folder_of_the_users_that_has_the_finals_name_is_not_overwritten(start, data, tmp_path):
+def test_a_folder_of_the_users_that_has_the_finals_name_is_not_overwritten(start, data, tmp_path) -> None:
     mine = tmp_path / "sft_final" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
@@ -208,7 +217,7 @@ def test_a_folder_of_the_users_that_has_the_finals_name_is_not_overwritten(start
     assert mine.read_text() == "mine"
 
 
-def test_three_stages_share_an_output_folder(data, tmp_path):
+def test_three_stages_share_an_output_folder(data, tmp_path) -> None:
     """Also where each leaves periodic checkpoints; and each is found again."""
 
     def run_all() -> list[Path]:
@@ -226,7 +235,7 @@ def test_three_stages_share_an_output_folder(data, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_run_does_not_overwrite_the_checkpoints_of_an_unfinished_one(start, data, tmp_path):
+def test_a_run_does_not_overwrite_the_checkpoints_of_an_unfinished_one(start, data, tmp_path) -> None:
     with stopped_after_first_save():
         sft(start, data, tmp_path, save_every=1, run_name="first")
     before = tree(tmp_path / "checkpoints")
@@ -282,10 +291,10 @@ REFUSED = {  # name -> (what is different, what the error says)
     "a .pt file that is not there": (lambda c: {"start": c.inputs / "absent.pt"}, ["_checkpoint=", "absent.pt", "pickle"]),
     "a safetensors file": (lambda c: {"start": c.start / "model.safetensors"}, ["_checkpoint=", "a checkpoint is a folder"]),
     "a missing folder": (lambda c: {"start": c.inputs / "absent"}, ["_checkpoint=", "absent", "no such folder"]),
-    "a folder without weights": (lambda c: {"start": _without_weights(c.start, c.inputs / "a")}, ["_checkpoint=", "holds no model"]),
+    "a folder without weights": (lambda c: {"start": _without_weights(c.start, c.inputs / "a")}, ["holds no model"]),
     "a folder without a tokenizer": (
         lambda c: {"start": _without_tokenizer(c.start, c.inputs / "a")},
-        ["_checkpoint=", "holds no tokenizer"],
+        ["_checkpoint=", "no tokenizer"],
     ),
     "weights as a pickle": (lambda c: {"start": _as_pickle(c.start, c.inputs / "a")}, ["_checkpoint=", "holds no model"]),
     "a damaged checkpoint": (lambda c: {"start": _damaged(c.final, c.inputs / "a")}, ["model.safetensors", "differs"]),
@@ -296,7 +305,10 @@ REFUSED = {  # name -> (what is different, what the error says)
     "a missing data set": (lambda c: {"dataset": c.inputs / "absent.jsonl"}, ["absent.jsonl", "no such file"]),
     "another kind of data": (lambda c: {"dataset": c.data["text"]}, ["text.jsonl, line 1"]),
     "more warmup than steps": (lambda c: {"max_steps": None, "warmup_steps": 9}, ["warmup_steps=9 exceeds the run's 2"]),
-    "a batch that does not multiply out": (lambda c: {"batch_size": 4, "micro_batch_size": 2, "gradient_accumulation_steps": 4}, ["batch_size=4"]),
+    "a batch that does not multiply out": (
+        lambda c: {"batch_size": 4, "micro_batch_size": 2, "gradient_accumulation_steps": 4},
+        ["batch_size=4 is not micro_batch_size"],
+    ),
     "an output folder that is a file": (lambda c: {"output_dir": _a_file(c.inputs / "file")}, ["output_dir=", "is a file"]),
 }  # fmt: skip
 
@@ -310,7 +322,7 @@ class Case:
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_input_is_one_line_and_leaves_nothing(start, finished, data, tmp_path, stage, name):
+def test_a_refused_input_is_one_line_and_leaves_nothing(start, finished, data, tmp_path, stage, name) -> None:
     inputs, output = tmp_path / "inputs", tmp_path / "output"
     inputs.mkdir()
     output.mkdir()
@@ -324,13 +336,11 @@ def test_a_refused_input_is_one_line_and_leaves_nothing(start, finished, data, t
     }
     checkpoint, dataset, tokenizer_name = (given.pop(key) for key in ("start", "dataset", "tokenizer_name"))
     before = tree(inputs)
+    kind = InstructionDatasetConfig if stage == "sft" else PreferenceDatasetConfig
+    run = run_sft if stage == "sft" else partial(run_dpo, dpo_config=DPOConfig())
+    config = {("dataset_config" if stage == "sft" else "preference_config"): dataset and kind(dataset_name=str(dataset))}
     with pytest.raises(UserError) as refused:
-        if stage == "sft":
-            chats = None if dataset is None else InstructionDatasetConfig(dataset_name=str(dataset))
-            run_sft(checkpoint, settings(**given), chats, tokenizer_name)
-        else:
-            pairs = None if dataset is None else PreferenceDatasetConfig(dataset_name=str(dataset))
-            run_dpo(checkpoint, settings(**given), DPOConfig(), pairs, tokenizer_name)
+        run(checkpoint, settings(**given), tokenizer_name=tokenizer_name, **config)
     for words in expected:
         assert words in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -338,12 +348,12 @@ def test_a_refused_input_is_one_line_and_leaves_nothing(start, finished, data, t
     assert tree(inputs) == before
 
 
-def test_the_data_set_may_be_named_in_the_training_config_alone(start, data, tmp_path):
+def test_the_data_set_may_be_named_in_the_training_config_alone(start, data, tmp_path) -> None:
     named = settings(tmp_path, dataset_name=str(data["chats"]))
     assert run_sft(start, named) == tmp_path / "sft_final"
 
 
-def test_pretraining_refuses_a_vocabulary_smaller_than_the_tokenizer(data, tokenizer, tmp_path):
+def test_pretraining_refuses_a_vocabulary_smaller_than_the_tokenizer(data, tokenizer, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     shape = SHAPE.model_copy(update={"vocab_size": 299})
     documents = LanguageModelingDatasetConfig(dataset_name=str(data["text"]))
@@ -398,7 +408,7 @@ PROMPT = [{"role": "user", "content": QUESTION}]
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "sft then dpo"])
-def test_a_foreign_vocabulary_grows_by_the_tokens_of_the_chat_template(foreign, results, name):
+def test_a_foreign_vocabulary_grows_by_the_tokens_of_the_chat_template(foreign, results, name) -> None:
     before, after = load_tokenizer(foreign), AutoTokenizer.from_pretrained(results[name])
     model = AutoModelForCausalLM.from_pretrained(results[name])
     plain = AutoTokenizer.from_pretrained(foreign)
@@ -410,7 +420,7 @@ def test_a_foreign_vocabulary_grows_by_the_tokens_of_the_chat_template(foreign, 
 
 
 @EACH_RESULT
-def test_a_result_loads_in_transformers_with_the_logits_that_we_train(results, name):
+def test_a_result_loads_in_transformers_with_the_logits_that_we_train(results, name) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(results[name], dtype=torch.float32).eval()
     ours = Policy(load_model(results[name])).eval()
     ids = torch.tensor(ChatEncoder(load_tokenizer(results[name])).prompt(PROMPT))
@@ -422,7 +432,7 @@ def test_a_result_loads_in_transformers_with_the_logits_that_we_train(results, n
 
 
 @EACH_RESULT
-def test_a_result_brings_its_tokenizer_and_chat_template(results, name):
+def test_a_result_brings_its_tokenizer_and_chat_template(results, name) -> None:
     tokenizer = AutoTokenizer.from_pretrained(results[name])
     assert (results[name] / "chat_template.jinja").is_file()
     text = tokenizer.apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
@@ -432,7 +442,7 @@ def test_a_result_brings_its_tokenizer_and_chat_template(results, name):
 
 
 @EACH_RESULT
-def test_a_result_is_whole_and_says_where_it_comes_from(results, foreign, name):
+def test_a_result_is_whole_and_says_where_it_comes_from(results, foreign, name) -> None:
     verify(results[name])
     manifest = read_manifest(results[name])
     assert manifest is not None
@@ -447,7 +457,7 @@ def test_a_result_is_whole_and_says_where_it_comes_from(results, foreign, name):
 
 
 @EACH_RESULT
-def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(results, name):
+def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(results, name) -> None:
     tokenizer = AutoTokenizer.from_pretrained(results[name])
     model = AutoModelForCausalLM.from_pretrained(results[name])
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
@@ -457,7 +467,7 @@ def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(results, name):
 
 
 @pytest.mark.parametrize("name", ["sft", "sft then dpo"])
-def test_a_model_taught_one_answer_says_it_and_stops(results, name):
+def test_a_model_taught_one_answer_says_it_and_stops(results, name) -> None:
     """With nothing but transformers: what generation sees is what training saw."""
     tokenizer = AutoTokenizer.from_pretrained(results[name])
     model = AutoModelForCausalLM.from_pretrained(results[name])
@@ -467,7 +477,31 @@ def test_a_model_taught_one_answer_says_it_and_stops(results, name):
     assert tokenizer.decode(answer) == f"{ANSWER}<|im_end|>"
 
 
-def test_a_start_is_not_changed_by_training_from_it(foreign, data, tmp_path):
+def test_a_start_whose_generation_config_transformers_would_not_save_is_trained_and_saved(start, data, tmp_path) -> None:
+    """Llama 2's sets a temperature without do_sample; `save_pretrained` refuses that, after hours of training."""
+    shutil.copytree(start, tmp_path / "start")
+    path = tmp_path / "start" / "generation_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "temperature": 0.6, "top_p": 0.9}))
+    final = sft(tmp_path / "start", data, tmp_path / "run")
+    ends = json.loads((final / "generation_config.json").read_text())["eos_token_id"]
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert ends == sorted(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
+
+
+def test_samples_longer_than_a_learned_table_of_positions_are_refused(tokenizer, tmp_path) -> None:
+    """GPT-2's table has a row for each position; behind its end is an IndexError, or a CUDA assert."""
+    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    short = save_start(GPT2LMHeadModel(shape), tokenizer, tmp_path / "gpt2")
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": QUESTION, "completion": "No, no, no. " * 20}] * 4)
+    with pytest.raises(UserError, match=r"max_length.* 32"):
+        sft(short, {"chats": chats}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    within = InstructionDatasetConfig(dataset_name=str(chats), max_length=32)
+    assert run_sft(short, settings(tmp_path / "run"), within).is_dir()
+
+
+def test_a_start_is_not_changed_by_training_from_it(foreign, data, tmp_path) -> None:
     before = tree(foreign)
     weights = copy.deepcopy(load_model(foreign).state_dict())
     sft(foreign, data, tmp_path)

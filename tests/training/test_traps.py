@@ -443,7 +443,7 @@ def test_trap_26_from_every_position_the_data_goes_on_with_neither_a_repeat_nor_
 def test_trap_26_a_run_stopped_in_its_second_epoch_takes_the_rows_that_a_straight_one_takes(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight rows in steps of three; saved at step 5, the second of epoch 2, stopped there, and resumed to step 9."""
+    """Eight rows in steps of three; saved at step 5, the second of epoch 2, killed in step 8, resumed from 5 to step 9."""
     taken: list[list[int]] = []
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -457,11 +457,13 @@ def test_trap_26_a_run_stopped_in_its_second_epoch_takes_the_rows_that_a_straigh
     run_sft(start, TrainingConfig(output_dir=tmp_path / "straight", **config), data)
     straight = list(taken)
     taken.clear()
-    with stopped_after_first_save():
+    with stopped_after_first_save(more_steps=2):
         run_sft(start, TrainingConfig(output_dir=tmp_path / "resumed", **config), data)
-    assert len(taken) == 5
+    assert taken == straight[:8]
+    assert [line["step"] for line in metric_lines(tmp_path / "resumed")] == [1, 2, 3, 4, 5, 6, 7]
+    taken.clear()
     run_sft(start, TrainingConfig(output_dir=tmp_path / "resumed", **config), data)
-    assert taken == straight
+    assert taken == straight[5:]
     assert [sorted(itertools.chain(*straight[3 * e : 3 * e + 3])) for e in range(3)] == [list(range(8))] * 3
     assert straight[:3] != straight[3:6], "each epoch has an order of its own"
     assert metric_lines(tmp_path / "resumed") == metric_lines(tmp_path / "straight")
