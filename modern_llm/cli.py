@@ -88,6 +88,8 @@ def parse(kind: type[Arguments], command: str, words: list[str]) -> Arguments:
     """
     words = [_as_option(word) for word in words]
     config_path, words = _take_config(words)
+    if {"-h", "--help"} & set(words):
+        print("--config FILE holds any of these options as YAML; an option goes over the file.\n")
     settings = type("Settings", (BaseSettings, kind), {"model_config": _cli_settings(command)})
     try:
         source = CliSettingsSource(settings, cli_parse_args=words)
@@ -227,6 +229,8 @@ def main(command: str | None = None) -> None:
         _fail(explain(error))
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         _fail("interrupted; the same command resumes from the newest checkpoint", code=130)
 

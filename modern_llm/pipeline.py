@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from modern_llm import distributed
 from modern_llm.config import PipelineConfig, TrainingConfig
 from modern_llm.config.io import plain
 from modern_llm.config.training import Stage
@@ -23,7 +24,7 @@ class PipelineResult:
     checkpoints: dict[Stage, Path]
     """Final checkpoint of every stage that ran."""
     metrics: dict[str, dict[str, float]]
-    """Stage → metric → value, on held-out data."""
+    """Stage → metric → value, on held-out data; on the main rank."""
     report: Path
     """The table as Markdown; `results.json` beside it holds everything."""
 
@@ -36,7 +37,11 @@ def run_pipeline(pipeline_config: PipelineConfig) -> PipelineResult:
     Raises:
         UserError: a config, file or name that the user can put right.
     """
-    config = pipeline_config
+    with distributed.process_group():  # joined once for all stages
+        return _run(pipeline_config)
+
+
+def _run(config: PipelineConfig) -> PipelineResult:
     start: Path | str | None = config.start_checkpoint
     checkpoints: dict[Stage, Path] = {}
     began = time.perf_counter()
@@ -68,23 +73,26 @@ def _stage_config(config: PipelineConfig, stage: Stage, train: TrainingConfig) -
 def _measure_all(
     config: PipelineConfig, checkpoints: dict[Stage, Path], before_dpo: Path | str, training_seconds: float
 ) -> PipelineResult:
-    """Measure every checkpoint and write the report."""
+    """Measure every checkpoint and write the report, on the main rank."""
     metrics: dict[str, dict[str, float]] = {}
-    for stage, checkpoint in checkpoints.items():
-        anchor = None if stage == "pretrain" else before_dpo
-        metrics[stage] = measure(checkpoint, anchor, config)
-    show(metrics)
-    last = checkpoints[next(reversed(checkpoints))]
-    baselines = held_out(config, last).baselines
-    result = {
-        "config": plain(config),
-        "checkpoints": {stage: str(path) for stage, path in checkpoints.items()},
-        "stages": metrics,
-        "baselines": baselines,
-        "training_seconds": round(training_seconds, 1),
-    }
-    report = write_report(config.output_dir, result)
-    for stage, path in checkpoints.items():
-        print(f"{stage:>9}  {path}")
-    print(f"{'table':>9}  {report}")
+    report = config.output_dir / "results.md"
+    if distributed.is_main():
+        data = held_out(config, next(iter(checkpoints.values())))  # one tokenizer for the whole chain
+        for stage, checkpoint in checkpoints.items():
+            metrics[stage] = measure(checkpoint, None if stage == "pretrain" else before_dpo, data, config)
+        show(metrics)
+        write_report(
+            report,
+            {
+                "config": plain(config),
+                "checkpoints": {stage: str(path) for stage, path in checkpoints.items()},
+                "stages": metrics,
+                "baselines": data.baselines,
+                "training_seconds": round(training_seconds, 1),
+            },
+        )
+        for stage, path in checkpoints.items():
+            print(f"{stage:>9}  {path}")
+        print(f"{'table':>9}  {report}")
+    distributed.barrier()
     return PipelineResult(checkpoints, metrics, report)

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 from helpers import save_start, tiny_model, tiny_tokenizer
+from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerFast
+
+# the same examples every time, and no clock: these machines are shared
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

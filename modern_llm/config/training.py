@@ -49,7 +49,7 @@ class TrainingConfig(StrictModel):
     adam_epsilon: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: NonNegativeFloat | None = None
-    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none. `rmsprop` adds it to the gradient instead."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global Euclidean norm."""
     lr_schedule: Literal["constant", "linear", "cosine"] | None = None
@@ -65,8 +65,9 @@ class TrainingConfig(StrictModel):
     """Precision of matrix products. `auto`: bf16 where the hardware has it, else fp32; the log says which. Weights,
     log-probs, losses and gradient sums are fp32 always."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Kernel of the attention over packed rows. `sdpa`: fused; `eager`: plain matrix products and a softmax in fp32.
-    `auto`: `sdpa`, and `eager` for the layers that only it can do (attention sinks, soft caps)."""
+    """Kernel of the attention over packed rows. `sdpa`: fused, refused where a model has attention sinks or soft caps; `eager`:
+    plain matrix products and a softmax in fp32. `auto`: the fused one, but the plain one where only it can do, and for short
+    segments on a CPU in bf16, where it is faster."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from modern_llm import distributed
 from modern_llm.config import DPOConfig, PipelineConfig
 from modern_llm.data.chat import ChatEncoder, Message
 from modern_llm.data.instruction_datasets import held_out_rows
@@ -44,18 +47,18 @@ def held_out(config: PipelineConfig, checkpoint: Path) -> HeldOut:
     return HeldOut(blocks, pairs, questions, length_baselines(pairs, encoder) if pairs else {})
 
 
-def measure(checkpoint: Path, anchor: Path | str | None, config: PipelineConfig) -> dict[str, float]:
+def measure(checkpoint: Path, anchor: Path | str | None, data: HeldOut, config: PipelineConfig) -> dict[str, float]:
     """Metrics of one checkpoint; a metric that its data does not allow is left out.
 
     Args:
         checkpoint: what to measure.
         anchor: the model that preference training starts from (the SFT checkpoint): its log-probs are the reference of the
             preference accuracy, and the divergence is from it. None: neither is measured.
-        config: says which data is held out, and how much of it to use.
+        data: what no stage trained on.
+        config: limits, and the settings of preference training.
     """
-    encoder = ChatEncoder(load_tokenizer(checkpoint))
-    data, limits = held_out(config, checkpoint), config.evaluation
-    model = load_model(checkpoint).eval()
+    encoder, limits = ChatEncoder(load_tokenizer(checkpoint)), config.evaluation
+    model = _ready(checkpoint)
     metrics: dict[str, float] = {}
     answers: list[Answer] = []
     prompts = _prompts(data, limits.max_questions)
@@ -65,8 +68,8 @@ def measure(checkpoint: Path, anchor: Path | str | None, config: PipelineConfig)
         verdicts = [judge(answer.text, row) for answer, row in zip(answers, data.questions, strict=True)]
         metrics["right_answers"] = sum(verdict.right for verdict in verdicts) / len(verdicts)
         metrics["preferred_form"] = sum(verdict.courteous for verdict in verdicts) / len(verdicts)
-    anchor_model = None if anchor is None else load_model(anchor).eval()
-    if anchor_model is not None:
+    anchor_model = None if anchor is None else _ready(anchor)
+    if anchor_model is not None and answers:
         metrics["kl_to_sft"] = kl_divergence(model, anchor_model, answers)
     policy = frozen(Policy(model))  # from here on the models attend over packed rows
     if anchor_model is not None and data.pairs:
@@ -77,6 +80,13 @@ def measure(checkpoint: Path, anchor: Path | str | None, config: PipelineConfig)
     if data.blocks:
         metrics["perplexity"] = perplexity(policy, data.blocks, limits.batch_size)
     return metrics
+
+
+def _ready(checkpoint: Path | str) -> PreTrainedModel:
+    """The model on this process's device, in eval mode."""
+    model = load_model(checkpoint).eval()
+    model.to(distributed.device())  # type: ignore[arg-type]
+    return model
 
 
 def _prompts(data: HeldOut, most: int) -> list[list[Message]]:

@@ -70,7 +70,10 @@ def packed_attention(
     width = packed_grid.shape[1]
     implementation: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
     window = sliding_window if sliding_window is not None and sliding_window < width else None
-    if softcap is None and s_aux is None and _use_fused(implementation, value, width):
+    beyond_fused = softcap is not None or s_aux is not None
+    if beyond_fused and implementation == IMPLEMENTATIONS["sdpa"]:
+        raise NotImplementedError("attention='sdpa' knows neither attention sinks nor soft caps: use 'auto' or 'eager'")
+    if not beyond_fused and _use_fused(implementation, value, width):
         mask = None if window is None else _band(width, window, query.device)
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=True

@@ -79,6 +79,8 @@ def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedM
         UserError: not there, not reachable, or not a safetensors model.
     """
     refuse_pickles(checkpoint, field)
+    if not Path(checkpoint).is_dir() and (str(checkpoint).startswith((".", "/", "~")) or str(checkpoint).count("/") > 1):
+        raise UserError(f"{field}={str(checkpoint)!r}: no such folder")  # no hub id looks like this
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(checkpoint), dtype=torch.float32, use_safetensors=True, trust_remote_code=False

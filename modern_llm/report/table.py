@@ -48,9 +48,7 @@ def show(stages: dict[str, dict[str, float]]) -> None:
     Console(width=120).print(table)
 
 
-def write_report(folder: Path, result: dict[str, Any]) -> Path:
-    """Write `results.json` (everything) and `results.md` (the table); returns the latter."""
-    write_text(folder / "results.json", json.dumps(result, indent=2) + "\n")
-    report = folder / "results.md"
-    write_text(report, markdown(result["stages"]))
-    return report
+def write_report(path: Path, result: dict[str, Any]) -> None:
+    """Write the table as Markdown, and everything as `results.json` beside it."""
+    write_text(path.with_name("results.json"), json.dumps(result, indent=2) + "\n")
+    write_text(path, markdown(result["stages"]))

@@ -125,6 +125,8 @@ def train_stage(
         UserError: the output folder holds a run with other inputs; the difference is named.
     """
     config = resolve(config, stage, distributed.world_size(), rows_per_epoch=len(data.train))
+    device = distributed.device()
+    precision, why = choose_precision(config.mixed_precision, device)
     record = {
         "stage": stage,
         "config": {"train": plain(config), **{name: plain(section) for name, section in sections.items()}},
@@ -133,6 +135,7 @@ def train_stage(
         "data": data.fingerprint(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokenizer_name": tokenizer_name,
+        "precision": str(precision).removeprefix("torch."),
     }
     assert config.output_dir is not None
     assert config.run_name is not None
@@ -146,8 +149,6 @@ def train_stage(
     if found is not None:
         folders.verify(found)
         model, state = load_model(found), folders.load_state(found)
-    device = distributed.device()
-    precision, why = choose_precision(config.mixed_precision, device)
     policy = _make_policy(model, config, device, drop_out)
     start = 0 if state is None else state["step"]
     with RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to) as log:
@@ -213,8 +214,11 @@ def _newest(output_dir: Path, run_name: str, final: Path, record: dict[str, Any]
     return None
 
 
-# where a run is written and how it reports cannot change its result
-_IRRELEVANT = ("config.train.output_dir", "config.train.report_to", "config.train.log_every", "parent.checkpoint")
+# where a run is written, how it reports and when it saves or evaluates cannot change its result
+_IRRELEVANT = (
+    *(f"config.train.{name}" for name in ("output_dir", "report_to", "log_every", "eval_every", "save_every")),
+    "parent.checkpoint",
+)
 
 
 def first_difference(there: Any, now: Any, path: str = "") -> str | None:

@@ -39,7 +39,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tolerances import GRADIENT, LN_2, LOSS, SPLIT_GRADIENT, SPLIT_WEIGHT
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PersimmonConfig,
+    PhimoeConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from two_ranks import fine_tune, one_step_gradients, rows_file, run_both
 
 from modern_llm.config import (
@@ -252,6 +260,21 @@ def test_trap_07_dropout_is_off_in_policy_and_reference(
         assert torch.equal(reference(row).logprobs, reference(row).logprobs)
         before = Policy(load_model(begin)).eval()
         assert torch.equal(reference(row).logprobs, before(row).logprobs), "the reference is the start, and stays it"
+
+
+@pytest.mark.parametrize("kind", [PhimoeConfig, PersimmonConfig])
+def test_trap_07_a_model_that_draws_at_random_in_train_mode_all_the_same_is_refused(
+    kind: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """PhiMoE samples its experts in train mode; Persimmon reads its dropout from the config. Nothing there can be switched off,
+    so policy and reference would differ before the first update."""
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    config = kind(**shape, intermediate_size=64, max_position_embeddings=128, attention_dropout=0.1)
+    begin = save_start(sharpened(AutoModelForCausalLM.from_config(config)), tokenizer, tmp_path / "start")
+    settings = TrainingConfig(output_dir=tmp_path / "run", batch_size=4, max_steps=1, mixed_precision="fp32")
+    with pytest.raises(UserError, match=f"{kind.__name__.removesuffix('Config')}ForCausalLM"):
+        run_dpo(begin, settings, DPOConfig(), preference_rows(tmp_path))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "eager"])

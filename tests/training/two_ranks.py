@@ -1,6 +1,5 @@
 """What two gloo processes run for `test_traps.py`; a module of its own, so that the processes import little."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -66,6 +65,5 @@ def worker(rank: int, folder: Path, start: Path) -> None:
 
 def run_both(folder: Path, start: Path) -> None:
     """Run the worker in two fresh processes and wait for them; an error in one is raised here."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rows_file(folder)
     mp.start_processes(worker, args=(folder, start), nprocs=2, start_method="spawn")
