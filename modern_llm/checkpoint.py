@@ -103,9 +103,13 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged manifest ({error}): use another checkpoint") from None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        for entry in manifest["files"].values():
+            assert isinstance(entry["size"], int)
+            assert isinstance(entry["sha256"], str)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error}): use another checkpoint") from None
+    return manifest
 
 
 def verify(folder: Path | str) -> None:
@@ -131,10 +135,16 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
     def describe(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().contiguous().clone()
-            return {_TENSOR: name}
+            unique = f"{len(tensors)}:{name}"  # a slash in a key could make two names one
+            tensors[unique] = value.detach().cpu().contiguous().clone()
+            return {_TENSOR: unique}
         if isinstance(value, dict):
+            assert all(isinstance(key, str) and key != _TENSOR for key in value), (
+                f"{name}: a dict with other keys than names is no state"
+            )
             return {key: describe(item, f"{name}/{key}") for key, item in value.items()}
+        if isinstance(value, list):
+            return [describe(item, f"{name}/{i}") for i, item in enumerate(value)]
         assert value is None or isinstance(value, (bool, int, float, str)), f"{name}: {type(value)} is no state"
         return value
 
@@ -151,6 +161,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
             return tensors[value[_TENSOR]] if _TENSOR in value else {key: restore(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [restore(item) for item in value]
         return value
 
     return restore(json.loads((folder / STATE_JSON).read_text(encoding="utf-8")))

@@ -66,7 +66,7 @@ class RunLog:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._forget_after(start_step)
-        self.trackers = [_TRACKERS[name](output_dir, run_name) for name in report_to]
+        self.trackers = [_TRACKERS[name](output_dir, run_name, start_step) for name in report_to]
         self.bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -129,12 +129,13 @@ class RunLog:
 
 
 class _TensorBoard:
-    def __init__(self, output_dir: Path, run_name: str) -> None:
+    def __init__(self, output_dir: Path, run_name: str, start_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("report_to: tensorboard is not installed: pip install 'modern-llm[trackers]'") from None
-        self.writer = SummaryWriter(str(output_dir / "tensorboard" / run_name))
+        purge = start_step + 1 if start_step else None  # what a stopped run wrote after the step it resumes from
+        self.writer = SummaryWriter(str(output_dir / "tensorboard" / run_name), purge_step=purge)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -147,7 +148,7 @@ class _TensorBoard:
 class _WandB:
     """Weights & Biases; `WANDB_MODE=offline` writes the run to disk with no network."""
 
-    def __init__(self, output_dir: Path, run_name: str) -> None:
+    def __init__(self, output_dir: Path, run_name: str, start_step: int) -> None:
         try:
             import wandb
         except ImportError:

@@ -37,6 +37,8 @@ SENTENCES = (
     "No.",
 )
 ARCHITECTURES = ("qwen3", "llama", "qwen3_moe", "gpt_oss")
+KERNELS = [(a, k) for a in ARCHITECTURES for k in ("auto", "sdpa", "eager") if (a, k) != ("gpt_oss", "sdpa")]
+"""Architecture and attention kernel; the fused one has no sinks."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

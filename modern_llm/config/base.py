@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 
 class UserError(ValueError):
@@ -41,6 +41,14 @@ class StrictModel(BaseModel):
                 if key not in known:
                     raise ValueError(f"unknown field '{key}' in {cls.__name__}{did_you_mean(str(key), known)}")
         return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`seed: yes` is True in YAML, which pydantic would take as 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must not be true or false (got {value})")
+        return value
 
 
 def explain(error: ValidationError, source: str = "") -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from modern_llm.config.base import StrictModel
 
@@ -33,6 +33,11 @@ class DPOConfig(StrictModel):
     """Model whose log-probs are the reference. None: the starting checkpoint."""
     disable_dropout: bool = True
     """Switch dropout off in the policy too; the reference never drops out."""
+
+    @field_validator("reference_checkpoint")
+    @classmethod
+    def _path_as_text(cls, value: Path | str | None) -> str | None:
+        return None if value is None else str(value)  # as YAML and the record hold it
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:

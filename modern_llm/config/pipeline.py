@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from modern_llm.config.base import StrictModel
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
@@ -75,6 +75,11 @@ class PipelineConfig(StrictModel):
     """Preference training."""
     evaluation: EvaluationConfig = Field(default=EvaluationConfig())
     """What is measured after each stage."""
+
+    @field_validator("start_checkpoint")
+    @classmethod
+    def _path_as_text(cls, value: Path | str | None) -> str | None:
+        return None if value is None else str(value)  # as YAML and the record hold it
 
     @model_validator(mode="after")
     def _check_chain(self) -> Self:

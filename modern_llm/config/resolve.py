@@ -56,8 +56,13 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
     filled["run_name"] = config.run_name or stage
     filled["output_dir"] = config.output_dir or Path("experiments/runs") / filled["run_name"]
     filled["save_every"] = config.save_every or 500
-    if filled["optimizer"] == "muon" and filled["muon_learning_rate"] is None:
-        filled["muon_learning_rate"] = 0.02
+    if filled["optimizer"] == "muon":
+        filled["muon_learning_rate"] = config.muon_learning_rate or 0.02
+    elif config.muon_learning_rate is not None:
+        raise UserError(
+            f"muon_learning_rate={config.muon_learning_rate} has no meaning for optimizer='{filled['optimizer']}', the "
+            f"default of {stage}: leave it out, or set optimizer: muon"
+        )
     filled |= _resolve_batch(config, stage, world_size)
     filled |= _resolve_length(config, stage, filled["batch_size"], rows_per_epoch)
     return TrainingConfig(**filled)

@@ -18,7 +18,7 @@ Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`"""
 
 # private-use characters, which no tokenizer's template contains
-_MARKER = re.compile("\ue000(\\d+)\ue001")
+_MARKER = re.compile("\ue000aB(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ChatEncoder:
             UserError: the template refuses the roles, or changes or hides a message.
         """
         opening = self._generation_prompt(messages)
-        marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
+        marked = [{**message, "content": f"\ue000aB{i}\ue001"} for i, message in enumerate(messages)]
         pieces = _MARKER.split(self._render(marked))  # template, index, template, index, …, template
         if [int(index) for index in pieces[1::2]] != list(range(len(messages))):
             raise UserError("the tokenizer's chat template leaves out, repeats or reorders messages: it cannot be trained on")
@@ -94,7 +94,7 @@ class ChatEncoder:
     def _generation_prompt(self, messages: list[Message]) -> str:
         """The text by which the template opens an assistant's turn."""
         if not hasattr(self, "_opening"):
-            probe: list[Message] = [{"role": "user", "content": "\ue0000\ue001"}]
+            probe: list[Message] = [{"role": "user", "content": "\ue000aB0\ue001"}]
             with_opening, without = self._render(probe, generation_prompt=True), self._render(probe)
             if not with_opening.startswith(without) or with_opening == without:
                 raise UserError("the tokenizer's chat template has no generation prompt, so no answer could be asked for")

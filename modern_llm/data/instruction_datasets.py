@@ -78,9 +78,9 @@ def _examples(
             continue
         whole = segment([(part.ids, part.scored) for part in encoder.chat(messages)])
         cut = Segment(whole.ids[: config.max_length], whole.scored[: config.max_length])
-        report["cut"] += len(cut) < len(whole)
         if not num_scored(cut):
             report["dropped_because_prompt_fills_max_length"] += 1
             continue
+        report["cut"] += len(cut) < len(whole)
         examples.append(Example((cut,), row=i))
     return examples

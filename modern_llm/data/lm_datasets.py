@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 
+from modern_llm.config import UserError
 from modern_llm.config.data import LanguageModelingDatasetConfig
 from modern_llm.data.prepared import Example, PreparedData, finish, split_rows, text_column
 from modern_llm.data.sources import Rows, prompt_hash
@@ -54,6 +55,8 @@ def _blocks(
     max_length: int,
     report: Counter[str],
 ) -> list[Example]:
+    if max_length < 2:
+        raise UserError(f"max_length={max_length}: a block holds at least 2 tokens, one to see and one to predict")
     blocks: list[Example] = []
     open_block: list[Segment] = []
     room = max_length
@@ -64,13 +67,16 @@ def _blocks(
                 report["dropped_because_empty"] += 1
                 continue
             document = np.array([*encoder.document_start, *ids, encoder.document_end], dtype=np.int32)
-            while len(document):
-                piece, document = document[:room], document[room:]
+            while True:
+                piece = document[:room]
                 open_block.append(Segment(piece, np.ones(len(piece), dtype=bool)))
                 room -= len(piece)
                 if room == 0:
                     blocks.append(Example(tuple(open_block), row=len(blocks)))
                     open_block, room = [], max_length
+                if len(piece) == len(document):
+                    break
+                document = document[len(piece) - 1 :]  # its last token again: the token behind it is predicted there
     if open_block:
         blocks.append(Example(tuple(open_block), row=len(blocks)))
     return [block for block in blocks if block.num_scored]

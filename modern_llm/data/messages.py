@@ -7,7 +7,7 @@ from typing import Any
 
 from modern_llm.config import UserError
 from modern_llm.data.chat import Message
-from modern_llm.data.prepared import text_column
+from modern_llm.data.prepared import checked_text, text_column
 from modern_llm.data.sources import Rows
 
 ROLES = ("system", "user", "assistant")
@@ -32,15 +32,18 @@ def checked_messages(rows: Rows, i: int, field: str) -> list[Message]:
             raise UserError(
                 f"{rows.place(i)}: '{field}' message {number} must have a 'role' out of {', '.join(ROLES)} and a text 'content'"
             )
-        messages.append({"role": fields["role"], "content": fields["content"]})
+        content = checked_text(fields["content"], f"{rows.place(i)}: '{field}' message {number}")
+        messages.append({"role": fields["role"], "content": content})
     return messages
 
 
 def instruction_text(rows: Rows, i: int, field: str) -> str:
     """An instruction with the optional `input` column below it (Alpaca's layout)."""
     text = text_column(rows, i, field)
-    more = rows.rows[i].get("input") if field == "instruction" else None
-    return f"{text}\n\n{more}" if isinstance(more, str) and more.strip() else text
+    if field != "instruction" or rows.rows[i].get("input") is None:
+        return text
+    more = text_column(rows, i, "input")
+    return f"{text}\n\n{more}" if more.strip() else text
 
 
 def hh_messages(text: str) -> list[Message] | None:

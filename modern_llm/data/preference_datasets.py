@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from modern_llm.config import UserError
 from modern_llm.config.data import PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
@@ -15,7 +17,7 @@ from modern_llm.data.messages import (
     prompt_text,
     user_message,
 )
-from modern_llm.data.prepared import Example, PreparedData, finish, segment, split_rows
+from modern_llm.data.prepared import Example, PreparedData, finish, segment, split_rows, text_column
 from modern_llm.data.sources import Rows, prompt_hash
 from modern_llm.layout import Segment
 
@@ -62,16 +64,17 @@ def read_pair(rows: Rows, i: int, config: PreferenceDatasetConfig) -> Pair | str
 def _side(rows: Rows, i: int, field: str, prompt_field: str | None) -> list[Message]:
     """The turns of one side, its answer last."""
     row = rows.rows[i]
-    if field not in row or row[field] is None:
+    if field not in row:
         raise UserError(f"{rows.place(i)}: no column '{field}' (columns: {', '.join(map(str, row)) or 'none'})")
     if isinstance(row[field], list):
-        messages = checked_messages(rows, i, field)
-        if messages:
-            return messages
-    elif isinstance(row[field], str):
+        if not row[field]:
+            raise UserError(f"{rows.place(i)}: '{field}' is an empty list: it must be text or a list of messages")
+        return checked_messages(rows, i, field)
+    if isinstance(row[field], str):
+        text = text_column(rows, i, field)
         if prompt_field is not None:
-            return [{"role": "assistant", "content": row[field]}]
-        messages = hh_messages(row[field])
+            return [{"role": "assistant", "content": text}]
+        messages = hh_messages(text)
         if messages:
             return messages
         raise UserError(
@@ -117,6 +120,9 @@ def _examples(
             report[f"dropped_because_{pair}"] += 1
             continue
         segments, cut = encode_pair(pair, dpo, encoder)
+        if np.array_equal(segments[0].ids, segments[1].ids):
+            report["dropped_because_answers_identical_up_to_the_cut"] += 1
+            continue
         report["answers_cut"] += cut
         examples.append(Example(segments, row=i))
     return examples

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -116,6 +117,19 @@ def text_column(rows: Rows, i: int, field_name: str) -> str:
     row = rows.rows[i]
     if field_name not in row:
         raise UserError(f"{rows.place(i)}: no column '{field_name}' (columns: {', '.join(map(str, row)) or 'none'})")
-    if not isinstance(row[field_name], str):
-        raise UserError(f"{rows.place(i)}: column '{field_name}' must be text, not {type(row[field_name]).__name__}")
-    return row[field_name]
+    return checked_text(row[field_name], f"{rows.place(i)}: column '{field_name}'")
+
+
+def checked_text(value: Any, place: str) -> str:
+    """A text that a tokenizer can take.
+
+    Raises:
+        UserError: not text, or with half a character in it.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{place} must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place} holds half a character ({value[error.start]!a}): take it out of the file") from None
+    return value

@@ -1,8 +1,11 @@
 """Where rows come from: local files, the hub, the built-in world. Every row knows how to name itself in an error."""
 
+import csv
 import gzip
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +14,10 @@ from typing import IO, Any, Literal
 from modern_llm.config import UserError
 from modern_llm.config.data import DatasetConfig, MoreDocuments
 from modern_llm.data.village import VILLAGE_NAME, village_rows
+from modern_llm.hub import hub
 
 Kind = Literal["text", "instructions", "preferences"]
-TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
-TABLE_SUFFIXES = (".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def _suffix(path: Path) -> str:
 
 def _looks_local(name: str) -> bool:
     path = Path(name)
-    return path.exists() or _suffix(path) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES) or name.startswith(("/", "./", "../", "~"))
+    return path.exists() or _suffix(path) in SUFFIXES or name.startswith(("/", "./", "../", "~"))
 
 
 def _local_rows(path: Path, source: Source, split: str) -> Rows:
@@ -99,22 +102,26 @@ def _local_rows(path: Path, source: Source, split: str) -> Rows:
             f"split={split!r}: {path} is one file and has the one split 'train'; use eval_fraction to hold rows out"
         )
     suffix = _suffix(path)
-    if suffix in TABLE_SUFFIXES:
-        return _table_rows(path, suffix)
-    if suffix not in TEXT_SUFFIXES:
-        raise UserError(f"dataset_name={str(path)!r}: the file must end in {', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))}")
+    if suffix not in SUFFIXES:
+        raise UserError(f"dataset_name={str(path)!r}: the file must end in {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        return _parquet_rows(path)
     try:
-        with _open(path) as file:
+        with _open(path, newline="" if suffix == ".csv" else None) as file:
             if suffix == ".jsonl":
                 return _json_lines(path, file)
+            if suffix == ".csv":
+                return _csv_rows(path, file)
             text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     return _json_array(path, text) if suffix == ".json" else _documents(path, text, source)
 
 
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def _open(path: Path, newline: str | None) -> IO[str]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline=newline)
+    return path.open(encoding="utf-8", newline=newline)
 
 
 def _json_lines(path: Path, file: IO[str]) -> Rows:
@@ -148,7 +155,7 @@ def _documents(path: Path, text: str, source: Source) -> Rows:
     separator: str | None = getattr(source, "document_separator", None)
     field: str = getattr(source, "text_field", "text")
     documents, lines, start = [], [], 0
-    split_lines = text.splitlines(keepends=True)
+    split_lines = re.split("(?<=\n)", text)  # `splitlines` would end lines at form feeds and U+2028 too
     for number, line in enumerate([*split_lines, None]):
         if line is None or (separator is not None and line.strip() == separator):
             document = "".join(split_lines[start:number]).strip()
@@ -159,14 +166,35 @@ def _documents(path: Path, text: str, source: Source) -> Rows:
     return Rows(documents, lambda i: f"{path}, line {lines[i]}")
 
 
-def _table_rows(path: Path, suffix: str) -> Rows:
-    from datasets import load_dataset
+def _csv_rows(path: Path, file: IO[str]) -> Rows:
+    """Every cell is text, whatever it looks like: `NA` and `7` are answers."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(file, strict=True)
+    rows, lines, line = [], [], 1
+    try:
+        columns = next(reader, [])
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(columns):
+                raise UserError(f"{path}, line {line}: {len(cells)} cells under the {len(columns)} columns of the first line")
+            if cells:
+                rows.append(dict(zip(columns, cells, strict=True)))
+                lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: not CSV: {error}") from None
+    return Rows(rows, lambda i: f"{path}, line {lines[i]}")
+
+
+def _parquet_rows(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
 
     try:
-        table = load_dataset(suffix.removeprefix("."), data_files=str(path), split="train")
-    except Exception as error:  # datasets 5.2 raises its own, pyarrow's and pandas' errors here; all mean the same to a user
-        raise UserError(f"{path}: cannot be read as {suffix}: {_last_line(error)}") from None
-    return Rows(list(table), lambda i: f"{path}, row {i}")  # type: ignore[arg-type]
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as .parquet: {_last_line(error)}") from None
+    return Rows(rows, lambda i: f"{path}, row {i}")
 
 
 def _saved_dataset(path: Path, split: str) -> Rows:
@@ -180,6 +208,8 @@ def _saved_dataset(path: Path, split: str) -> Rows:
         if split not in saved:
             raise UserError(f"split={split!r}: {path} has {sorted(map(str, saved))}")
         saved = saved[split]
+    elif split != "train":
+        raise UserError(f"split={split!r}: {path} is one split without a name: use 'train', and eval_fraction to hold rows out")
     assert isinstance(saved, Dataset)
     return Rows(list(saved), lambda i: f"{path}[{split}] row {i}")  # type: ignore[arg-type]
 
@@ -189,7 +219,8 @@ def _hub_rows(source: Source, split: str) -> Rows:
 
     name = source.dataset_name
     try:
-        found = load_dataset(name, source.dataset_config_name, split=split)
+        with hub():
+            found = load_dataset(name, source.dataset_config_name, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and FileNotFoundError are OSErrors
         raise UserError(
             f"dataset_name={name!r}: no such file, and the hub did not give a data set of that name and split {split!r} "

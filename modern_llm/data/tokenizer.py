@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import UserError
+from modern_llm.hub import hub
 
 TURN_START, TURN_END, DOCUMENT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
@@ -32,7 +35,8 @@ def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
         UserError: not there, not reachable, or with no end token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        with nullcontext() if Path(name).is_dir() else hub():
+            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError, HFValidationError) as error:
         known = "this folder holds no tokenizer" if Path(name).is_dir() else "no such folder, and not on the hub"
         raise UserError(
@@ -41,6 +45,11 @@ def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{field}={str(name)!r}: only tokenizers with a `tokenizers` backend work, not {type(tokenizer).__name__}"
+        )
+    if not tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids:
+        # transformers 5.23 makes up an empty tokenizer for a model folder of some families that holds none
+        raise UserError(
+            f"{field}={str(name)!r}: only a model is there, and no tokenizer: save its tokenizer in the same folder"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -133,10 +142,15 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        content["added_tokens"], content["truncation"], content["padding"] = [], None, None
-        content["post_processor"] = None
+        # a tokenizer file may carry limits of its own, and the begin token is ours to place
+        content["truncation"], content["padding"], content["post_processor"] = None, None, None
+        self._control = Tokenizer.from_str(json.dumps(content))
+        # GPT-NeoX, OLMo and others hold runs of spaces as added tokens; those are text
+        control = {token["content"]: token["id"] for token in content["added_tokens"] if token["content"].strip()}
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
+        content["model"] = _without_words(content["model"], control.keys())
         self._plain = Tokenizer.from_str(json.dumps(content))
-        self.control_ids = frozenset(tokenizer.get_added_vocab().values())
+        self.control_ids = frozenset(control.values())
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
         self.document_end = end
@@ -155,7 +169,20 @@ class TextEncoder:
 
     def control(self, text: str) -> list[int]:
         """Ids of a piece of a chat template."""
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return self._control.encode(text, add_special_tokens=False).ids
+
+
+def _without_words(model: dict[str, Any], words: Collection[str]) -> dict[str, Any]:
+    """A tokenizer's model in which the words keep their ids but match no text.
+
+    Unigram models, whole-word models and BPE with `ignore_merges` would else find them in their vocabulary.
+    """
+    if isinstance(model["vocab"], list):  # Unigram: (piece, score) in the order of ids
+        pieces = enumerate(model["vocab"])
+        unknown = model.get("unk_id")
+        return {**model, "vocab": [[f"\ue000{i}\ue001" if p in words and i != unknown else p, s] for i, (p, s) in pieces]}
+    kept = {model.get("unk_token")}
+    return {**model, "vocab": {f"\ue000{i}\ue001" if w in words and w not in kept else w: i for w, i in model["vocab"].items()}}
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

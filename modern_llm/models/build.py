@@ -1,5 +1,6 @@
 """Models from a `ModelConfig`, or from a folder or hub id."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modern_llm.config import ModelConfig, UserError
+from modern_llm.hub import hub
 from modern_llm.models.policy import vocabulary_rows
 
 
@@ -82,9 +84,10 @@ def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedM
     if not Path(checkpoint).is_dir() and (str(checkpoint).startswith((".", "/", "~")) or str(checkpoint).count("/") > 1):
         raise UserError(f"{field}={str(checkpoint)!r}: no such folder")  # no hub id looks like this
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(checkpoint), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
+        with nullcontext() if Path(checkpoint).is_dir() else hub():
+            return AutoModelForCausalLM.from_pretrained(
+                str(checkpoint), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, HFValidationError) as error:
         raise missing_from_hub(checkpoint, field, "model", error) from None
 

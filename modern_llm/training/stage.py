@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm import checkpoint as folders
@@ -127,11 +128,14 @@ def train_stage(
     config = resolve(config, stage, distributed.world_size(), rows_per_epoch=len(data.train))
     device = distributed.device()
     precision, why = choose_precision(config.mixed_precision, device)
+    reference: Policy | None = getattr(objective, "reference", None)
+    start_weights = folders.weights_hash(model)
     record = {
         "stage": stage,
         "config": {"train": plain(config), **{name: plain(section) for name, section in sections.items()}},
-        "parent": None if parent is None else {"checkpoint": str(parent), "weights": folders.weights_hash(model)},
-        "start_weights": folders.weights_hash(model),
+        "parent": None if parent is None else {"checkpoint": str(parent), "weights": start_weights},
+        "start_weights": start_weights,
+        "reference": None if reference is None else folders.weights_hash(reference.model),
         "data": data.fingerprint(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokenizer_name": tokenizer_name,
@@ -140,6 +144,7 @@ def train_stage(
     assert config.output_dir is not None
     assert config.run_name is not None
     assert config.max_steps is not None
+    _check_lengths(model, data)
     final = config.output_dir / f"{config.run_name}_final"
     found = _newest(config.output_dir, config.run_name, final, record)
     if found == final:
@@ -165,6 +170,17 @@ def train_stage(
         _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
         log.message(f"saved {final}")
     return final
+
+
+def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
+    """Refuse samples with more positions than a learned table has; computed positions (RoPE) have no end."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    longest = max(len(s) for example in (*data.train, *data.evaluation) for s in example.segments)
+    if limit is not None and longest > limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables):
+        raise UserError(
+            f"max_length: a sample has {longest} tokens, but the model has learned positions for {limit}: set it to that"
+        )
 
 
 def _make_policy(model: PreTrainedModel, config: TrainingConfig, device: torch.device, drop_out: bool) -> Policy:
@@ -202,7 +218,14 @@ def _newest(output_dir: Path, run_name: str, final: Path, record: dict[str, Any]
     for folder in candidates:
         manifest = folders.read_manifest(folder)
         if manifest is None:
+            if folder == final and folder.exists():
+                raise UserError(
+                    f"{final} is there and is no checkpoint of ours: use another output_dir or run_name, or remove it"
+                )
             continue
+        other = manifest.get("run")
+        if folder != final and other != run_name and (output_dir / f"{other}_final").is_dir():
+            continue  # left by another run, which is finished
         difference = first_difference({name: manifest.get(name) for name in record}, record)
         if difference is None and manifest.get("run") == run_name:
             return folder
@@ -217,6 +240,8 @@ def _newest(output_dir: Path, run_name: str, final: Path, record: dict[str, Any]
 # where a run is written, how it reports and when it saves or evaluates cannot change its result
 _IRRELEVANT = (
     *(f"config.train.{name}" for name in ("output_dir", "report_to", "log_every", "eval_every", "save_every")),
+    "config.train.tokenizer_name",
+    "tokenizer_name",  # its content is compared
     "parent.checkpoint",
 )
 
@@ -251,6 +276,10 @@ def _save(
     if distributed.is_main():
         with folders.atomic_folder(target) as scratch:
             assert model.generation_config is not None
+            try:
+                model.generation_config.validate(strict=True)
+            except ValueError:  # a temperature without do_sample, as Llama 2 comes with; transformers 5.x would not save it
+                model.generation_config.do_sample = True
             model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
             model.generation_config.pad_token_id = tokenizer.eos_token_id
             model.save_pretrained(scratch)

@@ -156,6 +156,12 @@ def test_what_packing_cannot_do_is_refused_by_name(name: str, config: PreTrained
         Policy(load_model(tmp_path))
 
 
+def test_the_fused_kernel_is_refused_where_it_cannot_do_what_the_model_asks(tokenizer: PreTrainedTokenizerFast) -> None:
+    for model in (tiny_model(tokenizer, architecture="gpt_oss"), random_model(families()["gemma2"])):
+        with pytest.raises(UserError, match=f"{type(model).__name__}.*attention='sdpa'.*use 'auto' or 'eager'"):
+            Policy(model, "sdpa")
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

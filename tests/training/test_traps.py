@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import (
     ARCHITECTURES,
+    KERNELS,
     SENTENCES,
     identical,
     largest_difference,
@@ -277,9 +278,8 @@ def test_trap_07_a_model_that_draws_at_random_in_train_mode_all_the_same_is_refu
         run_dpo(begin, settings, DPOConfig(), preference_rows(tmp_path))
 
 
-@pytest.mark.parametrize("kernel", ["auto", "sdpa", "eager"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "kernel"), KERNELS)
 def test_trap_08_policy_and_reference_agree_to_the_last_bit_row_by_row_before_the_first_step(
     architecture: Any, precision: torch.dtype, kernel: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
