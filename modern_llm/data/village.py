@@ -192,8 +192,7 @@ def _small_talk(rng: Random) -> str:
     """Questions and answers overheard in the street, one line each."""
     lines: list[str] = []
     for exchange in rng.sample(SMALL_TALK, EXCHANGES_PER_SMALL_TALK):
-        values = {attribute.name: rng.choice(attribute.values) for attribute in ATTRIBUTES}
-        lines += [line.format(**values) for line in exchange]
+        lines += exchange
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def chat(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tupl
 
 
 def blocks(tokenizer: PreTrainedTokenizerFast) -> list[list[tuple[list[int], list[bool]]]]:
-    """Documents in the seed's order, each with its end token, cut where a block is full; the last token before a cut opens the next block."""
+    """Documents in the seed's order, each with its end token; where a block is full, its last token opens the next one."""
     cut: list[list[tuple[list[int], list[bool]]]] = [[]]
     room = BLOCK
     for i in np.random.default_rng([SEED, 0]).permutation(len(SENTENCES)):
