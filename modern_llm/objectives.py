@@ -110,5 +110,6 @@ class PreferenceObjective:
 def answer_logprobs(policy: Policy, row: PackedRow) -> tuple[Tensor, Tensor]:
     """Summed log-probs of the chosen and of the rejected answers, each (pairs,) fp32, nats."""
     logprobs = policy(row).logprobs
-    sums = logprobs.new_zeros(row.num_segments).index_add(0, row.target_segments, logprobs)
+    scored = torch.bincount(row.target_segments, minlength=row.num_segments)
+    sums = torch.segment_reduce(logprobs, "sum", lengths=scored, initial=0.0)  # index_add has no fixed order on a GPU
     return sums[0::2], sums[1::2]

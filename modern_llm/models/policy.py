@@ -65,13 +65,11 @@ class Policy(nn.Module):
         name = type(self.model).__name__
         was_training = self.model.training
         self.model.eval()
-        vocab = vocabulary_rows(self.model)
-        generator = torch.Generator().manual_seed(0)
-        ids = [torch.randint(vocab, (length,), generator=generator) for length in CHECK_LENGTHS]
-        own = torch.cat([self._own_logprobs(sequence) for sequence in ids])
-        heads = (True, False) if self._projection_is_last(ids[0]) else (False,)
-        row = pack([Segment(s.numpy(), torch.ones(len(s), dtype=torch.bool).numpy()) for s in ids]).to(self.device)
+        ids = check_sequences(self.model)
         try:
+            own = torch.cat([self._own_logprobs(sequence) for sequence in ids])
+            heads = (True, False) if self._projection_is_last(ids[0]) else (False,)
+            row = check_row(self.model).to(self.device)
             self.model.set_attn_implementation(implementation)
             differences = {}
             for plain_head in heads:
@@ -87,7 +85,7 @@ class Policy(nn.Module):
         except UserError:
             raise
         except Exception as error:  # whatever a model's own code stumbles over means the same: it cannot take a packed row
-            raise UserError(f"{name} cannot be trained on packed rows: {error}; use another architecture") from error
+            raise UserError(f"{name} cannot be trained on packed rows: {error}") from error
         finally:
             self.model.train(was_training)
 
@@ -118,6 +116,17 @@ class Policy(nn.Module):
         return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
 
 
+def check_sequences(model: PreTrainedModel) -> list[Tensor]:
+    """The sequences on which a policy is checked: always the same, without moving any random state."""
+    generator, vocab = torch.Generator().manual_seed(0), vocabulary_rows(model)
+    return [torch.randint(vocab, (length,), generator=generator) for length in CHECK_LENGTHS]
+
+
+def check_row(model: PreTrainedModel) -> PackedRow:
+    """The same, packed; every token counts."""
+    return pack([Segment(s.numpy(), torch.ones(len(s), dtype=torch.bool).numpy()) for s in check_sequences(model)])
+
+
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """Rows of the input embedding; may exceed the tokenizer's size."""
     table = model.get_input_embeddings()
@@ -131,8 +140,28 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):  # `layerdrop` too
                 setattr(module, name, 0.0)
+
+
+def refuse_random_training(policy: Policy) -> None:
+    """Check that a policy gives the same in train mode as in eval mode, as preference training needs once dropout is off.
+
+    Raises:
+        UserError: it draws at random all the same (PhiMoE samples its experts, Persimmon reads its dropout from the config).
+    """
+    row = check_row(policy.model).to(policy.device)
+    was_training = policy.training
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        quiet = policy.eval()(row).logprobs
+        same = torch.equal(policy.train()(row).logprobs, quiet)
+    policy.train(was_training)
+    if not same:
+        raise UserError(
+            f"{type(policy.model).__name__} draws at random in train mode although its dropout is off, so it would differ from "
+            f"the reference before the first update: set the dropout in its config.json to 0, or use another architecture"
+        )
 
 
 def frozen(policy: Policy) -> Policy:

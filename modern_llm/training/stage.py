@@ -20,7 +20,7 @@ from modern_llm.data.prepared import PreparedData
 from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
 from modern_llm.metrics import RunLog
 from modern_llm.models.build import grow_vocabulary, load_model, refuse_pickles
-from modern_llm.models.policy import Policy, disable_dropout, frozen
+from modern_llm.models.policy import Policy, disable_dropout, frozen, refuse_random_training
 from modern_llm.objectives import Objective
 from modern_llm.precision import choose_precision
 from modern_llm.training.loop import Loop
@@ -188,6 +188,8 @@ def _make_policy(model: PreTrainedModel, config: TrainingConfig, device: torch.d
     if not drop_out:
         disable_dropout(model)
     policy = Policy(model, config.attention)
+    if not drop_out:
+        refuse_random_training(policy)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return policy
