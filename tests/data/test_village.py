@@ -25,13 +25,15 @@ WORDINGS = {  # "What is Anna Reed's job?" without the name -> (attribute, index
     question.format(name="X"): (attribute.name, i) for attribute in ATTRIBUTES for i, question in enumerate(attribute.questions)
 }
 DIGESTS = {
-    ("text", "train"): "eb0c5f8d3a2619e1",
-    ("text", "test"): "43597c598d8d0612",
+    ("text", "train"): "804cf733d2164346",
+    ("text", "test"): "2e0a28c0bf1a854c",
     ("instructions", "train"): "92a80f54f26c322f",
     ("instructions", "test"): "74886efee104d328",
     ("preferences", "train"): "cc89d6a65d4895cd",
     ("preferences", "test"): "b452128955e956d6",
 }
+
+BIOGRAPHIES = [row for split in ("train", "test") for row in ALL_ROWS["text", split] if row["villager"] is not None]
 
 
 def digest(rows: list[Row]) -> str:
@@ -73,7 +75,7 @@ def test_another_seed_is_another_world() -> None:
 def test_row_counts_and_columns() -> None:
     counts = {key: len(rows) for key, rows in ALL_ROWS.items()}
     assert counts == {
-        ("text", "train"): 6000,
+        ("text", "train"): 13200,  # 40 biographies of each villager, and small talk
         ("text", "test"): 300,
         ("instructions", "train"): 2700,
         ("instructions", "test"): 900,
@@ -134,14 +136,13 @@ def test_no_slot_is_left_open_and_articles_fit() -> None:
 
 def test_a_biography_states_the_six_true_values_and_no_other() -> None:
     facts = {name: sorted(v.value(attribute) for attribute in ATTRIBUTES) for name, v in VILLAGERS.items()}
-    for split in get_args(Split):
-        for row in ALL_ROWS["text", split]:
-            assert values_named(row["text"]) == facts[row["villager"]]
+    for row in BIOGRAPHIES:
+        assert values_named(row["text"]) == facts[row["villager"]]
 
 
 def test_a_biography_names_its_villager_first_and_nobody_else() -> None:
     names_seen = re.compile(r"\b(?:" + "|".join(FEMALE_NAMES + MALE_NAMES) + r")\b(?: \w+)?")
-    for row in ALL_ROWS["text", "train"][:1000]:
+    for row in BIOGRAPHIES[:1000]:
         sentences = re.split(r"(?<=\.) ", row["text"])
         assert len(sentences) == len(ATTRIBUTES)
         assert row["villager"] in sentences[0]
@@ -151,11 +152,23 @@ def test_a_biography_names_its_villager_first_and_nobody_else() -> None:
 
 
 def test_biographies_are_all_different_and_the_test_ones_unseen() -> None:
-    train = [row["text"] for row in ALL_ROWS["text", "train"]]
-    test = [row["text"] for row in ALL_ROWS["text", "test"]]
-    assert len(set(train + test)) == len(train) + len(test)
-    assert set(Counter(row["villager"] for row in ALL_ROWS["text", "train"]).values()) == {20}
+    texts = [row["text"] for row in BIOGRAPHIES]
+    assert len(set(texts)) == len(texts)
+    per_villager = Counter(row["villager"] for row in ALL_ROWS["text", "train"] if row["villager"] is not None)
+    assert set(per_villager.values()) == {village.BIOGRAPHIES_PER_VILLAGER}
     assert {row["villager"] for row in ALL_ROWS["text", "test"]} == set(VILLAGERS)
+
+
+def test_small_talk_is_about_nobody_and_names_no_value() -> None:
+    talks = [
+        row["text"] for rows in (ALL_ROWS["text", "train"], ALL_ROWS["text", "test"]) for row in rows if row["villager"] is None
+    ]
+    assert len(talks) == round(village.SMALL_TALK_PER_BIOGRAPHY * village.BIOGRAPHIES_PER_VILLAGER * village.NUM_VILLAGERS)
+    names = set(FEMALE_NAMES + MALE_NAMES + SURNAMES)
+    for text in talks[:200]:
+        assert values_named(text) == []
+        assert names.isdisjoint(re.findall(r"\w+", text))
+        assert len(text.splitlines()) == 2 * village.EXCHANGES_PER_SMALL_TALK
 
 
 # Instructions
