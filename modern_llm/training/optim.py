@@ -103,7 +103,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """{parameter name: {quantity: tensor or number}}; bitsandbytes' 8-bit states and maps are plain tensors here too."""
-        names = {id(parameter): name for name, parameter in self.groups.all.items()}
+        names = self._names()
         return {names[id(p)]: dict(values) for part in self.parts for p, values in part.state.items()}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -112,12 +112,15 @@ class Optimizer:
         `torch.optim.Optimizer.load_state_dict` is not used: it casts floating states to the parameter's type and pairs them
         by order; here the name decides and nothing is cast.
         """
+        names = self._names()
         for part in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    name = next(n for n, p in self.groups.all.items() if p is parameter)
-                    if name in state:
-                        part.state[parameter] = {key: _on(value, parameter.device) for key, value in state[name].items()}
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                saved = state.get(names[id(parameter)])
+                if saved is not None:
+                    part.state[parameter] = {key: _on(value, parameter.device) for key, value in saved.items()}
+
+    def _names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.groups.all.items()}
 
 
 def _on(value: Any, device: torch.device) -> Any:
