@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**23
-"""Logits held at once: 8.4 million fp32 values, 32 MiB. On a CPU with 2,048 positions, 50,257 words and 160 channels, half of it
-and twice of it were both slower: products get too narrow below, and the chunk leaves the cache above."""
+"""Logits held at once: 8.4 million fp32 values, 32 MiB. On a CPU with 2,048 positions, 50,257 words and 160 channels, half
+of it and twice of it were both slower: products get too narrow below, and the chunk leaves the cache above."""
 
 
 class TokenScores(NamedTuple):
