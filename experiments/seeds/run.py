@@ -30,7 +30,7 @@ def pooled(results: list[dict]) -> str:
     for stage in results[0]["stages"]:
         cells = []
         for metric in COLUMNS:
-            values = [r["stages"][stage][metric] for r in results if metric in r["stages"][stage]]
+            values = [r["stages"][stage][metric] for r in results if metric in r["stages"].get(stage, {})]
             if not values:
                 cells.append("–")
                 continue
@@ -44,9 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a pipeline file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--with", type=Path, nargs="*", default=[], dest="finished", help="results.json of runs to pool too")
     arguments = parser.parse_args()
     config = load_config(PipelineConfig, arguments.config)
-    results = [run_seed(config, seed) for seed in arguments.seeds]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.finished]
+    results += [run_seed(config, seed) for seed in arguments.seeds]
     print(f"\n{arguments.config}, seeds {', '.join(map(str, arguments.seeds))}: mean (lowest to highest)\n")
     print(pooled(results))
     print("\nminutes of training: " + ", ".join(f"{r['training_seconds'] / 60:.1f}" for r in results))
