@@ -43,13 +43,13 @@ def pooled(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a pipeline file")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only pool --with")
     parser.add_argument("--with", type=Path, nargs="*", default=[], dest="finished", help="results.json of runs to pool too")
     arguments = parser.parse_args()
     config = load_config(PipelineConfig, arguments.config)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.finished]
     results += [run_seed(config, seed) for seed in arguments.seeds]
-    print(f"\n{arguments.config}, seeds {', '.join(map(str, arguments.seeds))}: mean (lowest to highest)\n")
+    print(f"\n{arguments.config}, seeds {', '.join(str(r['config']['seed']) for r in results)}: mean (lowest to highest)\n")
     print(pooled(results))
     print("\nminutes of training: " + ", ".join(f"{r['training_seconds'] / 60:.1f}" for r in results))
     dpo = [r["stages"]["dpo"] for r in results if "dpo" in r["stages"]]
