@@ -65,8 +65,9 @@ def kl_divergence(model: PreTrainedModel, other: PreTrainedModel, answers: Seque
         if not answer.ids:
             continue
         ids = torch.tensor([answer.prompt_ids + answer.ids], device=model.device)
-        first = len(answer.prompt_ids) - 1
-        ours, theirs = (m(input_ids=ids).logits[0, first:-1].float().log_softmax(-1) for m in (model, other))
+        # only the positions that predict the answer: a prompt's logits would be most of the work
+        kept = len(answer.ids) + 1
+        ours, theirs = (m(input_ids=ids, logits_to_keep=kept).logits[0, :-1].float().log_softmax(-1) for m in (model, other))
         total += float((ours.exp() * (ours - theirs)).sum())
         tokens += len(answer.ids)
     return total / max(tokens, 1)

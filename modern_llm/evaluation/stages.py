@@ -62,7 +62,7 @@ def measure(checkpoint: Path, anchor: Path | str | None, data: HeldOut, config: 
     metrics: dict[str, float] = {}
     answers: list[Answer] = []
     prompts = _prompts(data, limits.max_questions)
-    if prompts:
+    if prompts and (data.questions or anchor is not None):
         answers = greedy_answers(model, encoder, prompts, limits.max_new_tokens, limits.batch_size)
     if data.questions:
         verdicts = [judge(answer.text, row) for answer, row in zip(answers, data.questions, strict=True)]
