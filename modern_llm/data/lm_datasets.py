@@ -1,6 +1,7 @@
 """Documents for pretraining, as blocks without padding in which documents keep their borders."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def prepare_documents(config: LanguageModelingDatasetConfig, encoder: TextEncode
     return finish(config, train, evaluation, report)
 
 
-def _key(config: LanguageModelingDatasetConfig):
+def _key(config: LanguageModelingDatasetConfig) -> Callable[[int, Rows], int]:
     return lambda i, rows: prompt_hash(text_column(rows, i, config.text_field))
 
 

@@ -1,8 +1,9 @@
 """Attention over packed rows, for unchanged `transformers` models.
 
 Registered with `AttentionInterface`, so every model that dispatches its attention through it uses this function; the mask
-function returns None, because what may see what is in the layout. The layout's tensors reach it as extra keyword arguments of
-the model call (`packed_grid`, `packed_cells`), which transformers 5.x passes down to the attention unchanged.
+function builds no mask, because what may see what is in the layout, and hands on only a layer's sliding window. The layout's
+tensors reach it as extra keyword arguments of the model call (`packed_grid`, `packed_cells`), which transformers 5.x passes
+down to the attention unchanged.
 
 Every segment gets a line of its own in a right-padded grid. Under a causal mask a real token never sees the padding behind
 it, so no mask is needed, and only attention pays for the padding: every other layer runs on the packed row.

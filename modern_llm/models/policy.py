@@ -14,8 +14,8 @@ CHECK_TOLERANCE = 1e-3
 """Nats per token between the packed path and the model's own logits. Rounding differs by about 1e-6 in fp32; a head or a mask
 that is left out differs by far more."""
 
-
 LARGE_LOGIT = 100.0
+"""Size of the logits by which a head's soft cap or scale is found; caps in use are 30 and 50."""
 
 
 class Policy(nn.Module):

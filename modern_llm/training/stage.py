@@ -32,7 +32,7 @@ def check_early(stage: Stage, config: TrainingConfig) -> None:
     """Refuse what can be refused before anything is loaded.
 
     Raises:
-        UserError: the batch arithmetic is wrong, or the run's folder cannot be written.
+        UserError: the batch arithmetic is wrong, or the run's folder is a file.
     """
     resolved = resolve(config, stage, distributed.world_size())
     assert resolved.output_dir is not None
