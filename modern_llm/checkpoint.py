@@ -35,15 +35,30 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)  # mkdtemp makes it private; a checkpoint is read by others
         yield scratch
-        for path in scratch.rglob("*"):
-            _sync(path)
-        _sync(scratch)
-        if target.exists():  # the same step saved again after a resume
-            shutil.rmtree(target)
-        scratch.rename(target)
-        _sync(target.parent)
+        publish_folder(scratch, target, replace=True)  # the same step may be saved again after a resume
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
+    """Give a complete folder its name, all of it on disk first.
+
+    Args:
+        scratch: on the same file system.
+        target: the name.
+        replace: whether it takes the place of a folder of that name; else that one stays and `scratch` is left.
+    """
+    for path in scratch.rglob("*"):
+        _sync(path)
+    _sync(scratch)
+    if replace and target.exists():
+        shutil.rmtree(target)
+    try:
+        scratch.rename(target)
+    except OSError:
+        if replace or not target.is_dir():
+            raise
+    _sync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `modern-llm pretrain | sft | dpo | run | schema`.
+"""The command line: `modern-llm run | pretrain | sft | dpo | inspect | tokenizer | schema`.
 
 Every argument of a stage function is a key of its `--config` YAML file, and every key is an option: `--dpo-config.beta 0.08` or
 `dpo_config.beta=0.08`. Options go over the file, and both end in the same validation.
@@ -6,9 +6,10 @@ Every argument of a stage function is a key of its `--config` YAML file, and eve
 
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from modern_llm.config import (
@@ -24,6 +25,7 @@ from modern_llm.config import (
 )
 from modern_llm.config.base import did_you_mean, explain
 from modern_llm.config.io import json_schema, read_yaml
+from modern_llm.config.training import Stage
 
 USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
 
@@ -31,6 +33,8 @@ USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VA
   pretrain   train a model from random weights on documents
   sft        fine-tune a checkpoint on demonstrations
   dpo        train a checkpoint on preference pairs
+  inspect FILE   what the data of a pipeline file becomes: counts, and rows as colours
+  tokenizer  train a tokenizer on documents
   schema     print the JSON Schema of a pipeline file, for editors
 
   modern-llm COMMAND --help lists every option with its meaning."""
@@ -75,6 +79,28 @@ class DPOArguments(StrictModel):
     """The pairs; left out: `train_config.dataset_name`."""
     tokenizer_name: str | None = None
     """Left out: the checkpoint's own tokenizer."""
+
+
+class TokenizerArguments(StrictModel):
+    """Training a byte-level BPE tokenizer."""
+
+    dataset_config: LanguageModelingDatasetConfig
+    """The documents."""
+    vocab_size: PositiveInt = 8192
+    """Tokens, with the 256 bytes and the control tokens."""
+    output_dir: Path
+    """Folder to write it to."""
+
+
+class InspectArguments(StrictModel):
+    """What the data of a pipeline becomes."""
+
+    stage: Stage | None = None
+    """Only this stage; left out: all."""
+    rows: NonNegativeInt = 3
+    """Rows to show of each stage."""
+    json_only: bool = False
+    """Print the counts as one JSON object."""
 
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
@@ -199,11 +225,34 @@ def _run(words: list[str]) -> None:
     run_pipeline(config)
 
 
+def _tokenizer(words: list[str]) -> None:
+    a = parse(TokenizerArguments, "tokenizer", words)
+    from modern_llm.data.lm_datasets import training_texts
+    from modern_llm.data.tokenizer import save_tokenizer, train_tokenizer
+
+    print(save_tokenizer(train_tokenizer(training_texts(a.dataset_config), a.vocab_size), a.output_dir))
+
+
+def _inspect(words: list[str]) -> None:
+    if not words or words[0].startswith("-") or "=" in words[0]:
+        if {"-h", "--help"} & set(words):
+            parse(InspectArguments, "inspect FILE", words)
+        raise UserError("inspect: give the pipeline file first, e.g. modern-llm inspect configs/quickstart.yaml --rows 2")
+    config = parse(PipelineConfig, "inspect", ["--config", words[0]])
+    a = parse(InspectArguments, "inspect FILE", words[1:])
+    from modern_llm.report.rows import inspect
+
+    inspect(config, a.stage, a.rows, a.json_only)
+
+
 def _schema(words: list[str]) -> None:
     print(json_schema(PipelineConfig))
 
 
-COMMANDS = {"run": _run, "pretrain": _pretrain, "sft": _sft, "dpo": _dpo, "schema": _schema}
+COMMANDS = {
+    "run": _run, "pretrain": _pretrain, "sft": _sft, "dpo": _dpo,
+    "inspect": _inspect, "tokenizer": _tokenizer, "schema": _schema,
+}  # fmt: skip
 
 
 def main(command: str | None = None) -> None:

@@ -53,6 +53,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def minimum(value: int) -> int:
+    """The smallest of a number over all ranks."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device())
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its sum over ranks; a rank without one contributes zeros, so that every rank takes part.
 

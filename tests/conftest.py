@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,19 @@ from helpers import save_start, tiny_model, tiny_tokenizer
 from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerFast
 
+from modern_llm.data.store import CACHE_VARIABLE
+
 # the same examples every time, and no clock: these machines are shared
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data of the tests, in a place of their own; child processes inherit it."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ[CACHE_VARIABLE] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

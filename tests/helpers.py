@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm.config import ModelConfig, TrainingConfig, resolve
-from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.data.prepared import Example, PreparedData, mixture_of
 from modern_llm.data.tokenizer import train_tokenizer
 from modern_llm.layout import PackedRow, Segment, pack
 from modern_llm.metrics import RunLog
@@ -110,7 +110,7 @@ def make_loop(
     settings = {"optimizer": "adamw", "warmup_steps": 0, "log_every": 1, "mixed_precision": "fp32", **settings}
     config = resolve(TrainingConfig(output_dir=folder, run_name="run", **settings), "sft", world_size, len(examples))
     assert config.max_steps is not None
-    data = PreparedData(list(examples), list(evaluation))
+    data = PreparedData(mixture_of(list(examples)), mixture_of(list(evaluation)))
     log = RunLog(folder, "run", config.max_steps, 0, ())
     return Loop(Policy(model), objective or LanguageModelingObjective(), data, config, torch.float32, log, save)
 

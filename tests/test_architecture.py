@@ -28,6 +28,7 @@ SIBLINGS = {
     ("training.loop", "training.optim"),
     ("training.stage", "training.loop"),
     ("pipeline", "report"),
+    ("cli", "report"),
     ("cli", "pipeline"),
     ("__main__", "cli"),
     ("", "pipeline"),

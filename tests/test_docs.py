@@ -13,6 +13,7 @@ Fences of a page run in order, in one folder and one namespace. The second word 
 
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -30,10 +31,10 @@ import yaml
 from modern_llm import cli, config
 from modern_llm.config import PipelineConfig, StrictModel, load_config
 from modern_llm.config.pipeline import PretrainStageConfig
-from modern_llm.data.instruction_datasets import instruction_messages
+from modern_llm.data.instruction_adapters import read_chat
 from modern_llm.data.lm_datasets import LanguageModelingDatasetConfig, prepare_documents
-from modern_llm.data.preference_datasets import Pair, read_pair
-from modern_llm.data.sources import load_rows
+from modern_llm.data.messages import Chat
+from modern_llm.data.preference_adapters import PairRow, read_pair
 from modern_llm.data.tokenizer import TextEncoder, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,10 +145,10 @@ def read_row(fence: Fence) -> None:
         assert prepare_documents(LanguageModelingDatasetConfig(dataset_name="row.jsonl"), encoder, 8, seed=0).train
     elif fence.word == "instruction":
         kind = config.InstructionDatasetConfig(dataset_name="row.jsonl")
-        assert instruction_messages(load_rows(kind, "instructions", "train"), 0, kind)[-1]["role"] == "assistant"
+        assert isinstance(read_chat(json.loads(fence.text), kind), Chat), str(fence)
     elif fence.word == "preference":
         kind = config.PreferenceDatasetConfig(dataset_name="row.jsonl")
-        assert isinstance(read_pair(load_rows(kind, "preferences", "train"), 0, kind), Pair), str(fence)
+        assert isinstance(read_pair(json.loads(fence.text), kind), PairRow), str(fence)
     else:
         raise AssertionError(f"{fence}: say which stage reads the row")
 

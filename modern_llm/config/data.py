@@ -1,20 +1,49 @@
 """What a stage reads. One config class for each kind of data set."""
 
-from typing import Self
+from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from modern_llm.config.base import StrictModel
+
+InstructionAdapterName = Literal[
+    "messages", "sharegpt", "alpaca", "dolly", "question_answer", "prompt_completion", "oasst", "oasst_tree"
+]
+"""Layouts of demonstrations, see `modern_llm.data.instruction_adapters`."""
+
+PreferenceAdapterName = Literal["prompt_pair", "hh", "shp", "stack_exchange", "sharegpt_pair", "rated"]
+"""Layouts of preferences, see `modern_llm.data.preference_adapters`."""
+
+Verdict = Literal["drop", "keep", "fail"]
+"""What becomes of a row that a check finds: left out and counted; used and counted; or the run stops and names it."""
+
+
+class SourceConfig(StrictModel):
+    """One source of a mixture. What is None is as in the data set config."""
+
+    weight: PositiveFloat = 1.0
+    """How many times an epoch goes through the source: 2 is twice, 0.5 is half of it, another half each epoch."""
+    split: str | None = None
+    """Which split to train on."""
+    dataset_config_name: str | None = None
+    """Name of the hub data set's configuration."""
+    text_field: str | None = None
+    """Documents only: column that holds one."""
+    document_separator: str | None = None
+    """Documents only: in `.txt` files, the line between two."""
+    max_rows: PositiveInt | None = None
+    """Use only the first so many rows."""
 
 
 class DatasetConfig(StrictModel):
     """What every kind of data set shares: where rows come from and which of them are held out."""
 
-    dataset_name: str
-    """A Hugging Face hub id, a local `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file (the text kinds also `.gz`), a
-    folder saved by `datasets`, or `builtin:village`."""
+    dataset_name: str | dict[str, PositiveFloat | SourceConfig]
+    """A Hugging Face hub id; a local `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file (each also `.gz` or `.zst`), a folder
+    or a glob of them (`data/*.jsonl`); a folder saved by `datasets`; or `builtin:village`. Several: `{name: weight}`, where an
+    epoch goes `weight` times through each, or `{name: {weight: 0.5, split: …}}`."""
     split: str = "train"
-    """Which split to train on; slices such as `train[:5%]` work. A local file has the one split `train`."""
+    """Which split to train on; slices such as `train[:5%]` work everywhere. Local files have the one split `train`."""
     dataset_config_name: str | None = None
     """Name of the hub data set's configuration (its subset), where it has several."""
     max_rows: PositiveInt | None = None
@@ -24,29 +53,30 @@ class DatasetConfig(StrictModel):
     eval_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the rows held out for evaluation, chosen by a hash of the prompt (of the text, for documents), so that
     the same prompt is never on both sides. 0: none."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """A row that cannot be read (not JSON, a missing column, a wrong type): stop and name it, or leave it out and count it."""
 
     @model_validator(mode="after")
-    def _one_way_to_hold_out(self) -> Self:
+    def _check_sources(self) -> Self:
         if self.eval_split is not None and self.eval_fraction:
             raise ValueError("eval_split and eval_fraction both hold rows out: give one of them")
+        if not self.dataset_name:
+            raise ValueError(f"dataset_name={self.dataset_name!r} names no data set")
         return self
 
-
-class MoreDocuments(StrictModel):
-    """One more source of documents."""
-
-    dataset_name: str
-    """As in the main data set."""
-    split: str = "train"
-    """Which split to train on."""
-    dataset_config_name: str | None = None
-    """Name of the hub data set's configuration, where it has several."""
-    text_field: str = "text"
-    """Column that holds a document."""
-    document_separator: str | None = None
-    """`.txt` files: the line between two documents."""
-    max_rows: PositiveInt | None = None
-    """Use only the first so many rows."""
+    def sources(self) -> dict[str, SourceConfig]:
+        """Every source by name, with nothing left to inherit."""
+        named = self.dataset_name if isinstance(self.dataset_name, dict) else {self.dataset_name: 1.0}
+        found = {}
+        for name, value in named.items():
+            source = value if isinstance(value, SourceConfig) else SourceConfig(weight=value)
+            inherited = {
+                field: getattr(self, field)
+                for field in SourceConfig.model_fields
+                if getattr(source, field) is None and hasattr(self, field)
+            }
+            found[name] = source.model_copy(update=inherited)
+        return found
 
 
 class LanguageModelingDatasetConfig(DatasetConfig):
@@ -57,33 +87,67 @@ class LanguageModelingDatasetConfig(DatasetConfig):
     document_separator: str | None = None
     """`.txt` files: the line between two documents, e.g. `<|endoftext|>`. None: a file is one document."""
     max_length: PositiveInt | None = None
-    """Tokens of a block. None: the model's `max_seq_len`."""
-    also: tuple[MoreDocuments, ...] = ()
-    """Further sources; the documents of all are shuffled together, each once per epoch. `eval_split` is of the main one."""
+    """Tokens that a block predicts. None: the model's `max_seq_len`."""
+    streaming: bool = False
+    """Read and tokenize while training, for text larger than memory and disk: nothing is stored, and the order is shuffled
+    within a window only. Needs `max_steps`."""
+    shuffle_window: PositiveInt = 10_000
+    """Documents shuffled among each other, with `streaming`."""
 
 
 class InstructionDatasetConfig(DatasetConfig):
-    """Chats or instruction/answer rows for supervised fine-tuning. Only the assistant's words and its end token count.
+    """Chats or instruction/answer rows for supervised fine-tuning. Only the assistant's words and its end token count."""
 
-    Recognised columns: `messages`; `prompt` with `completion` or `response`; `instruction` (with an optional `input`) with
-    `output` or `response`; `question` with `answer`.
-    """
-
+    adapter: InstructionAdapterName | None = None
+    """Layout of the rows. None: found by the columns of each."""
     prompt_field: str | None = None
-    """Column of the user's words. None: found by the column names above."""
+    """Column of the user's words, together with `response_field`, for columns of other names."""
     response_field: str | None = None
-    """Column of the assistant's words. None: found by the column names above."""
+    """Column of the assistant's words."""
     max_length: PositiveInt = 1024
-    """Tokens of a sample, prompt and answer together; the answer's end is cut (and counted), never its beginning."""
+    """Tokens of a sample, prompt and answer together."""
+    truncation: Literal["drop", "cut_end", "cut_prompt_start"] = "cut_end"
+    """A sample over `max_length` is dropped; loses its end (and with it the end token: no false one is put there); or loses its
+    beginning, as long as its last answer stays whole, and else is dropped. Always counted."""
+    packing: bool = False
+    """Put several chats, best fit first, into each example of at most `max_length` tokens; they never see each other.
+    `batch_size` then counts these packs."""
+
+    @model_validator(mode="after")
+    def _one_way_to_read(self) -> Self:
+        if (self.prompt_field is None) != (self.response_field is None):
+            raise ValueError("prompt_field and response_field name columns together: give both or none")
+        if self.adapter is not None and self.prompt_field is not None:
+            raise ValueError(f"adapter={self.adapter!r} reads columns of its own: leave prompt_field and response_field out")
+        return self
+
+
+class LintConfig(StrictModel):
+    """What becomes of doubtful pairs. All are counted, whatever is chosen."""
+
+    identical_answers: Verdict = "drop"
+    """Both sides are the same text: nothing to prefer."""
+    empty_answer: Verdict = "drop"
+    """A side without words."""
+    prompts_differ: Verdict = "drop"
+    """The two sides carry different prompts; `keep` uses the chosen side's for both."""
+    duplicate: Verdict = "keep"
+    """The same prompt and sides as an earlier row; `drop` keeps the first."""
+    contradiction: Verdict = "keep"
+    """An earlier row prefers the other way round; `drop` leaves the later one out."""
+    over_limit: Verdict = "keep"
+    """Longer than the limits of `DPOConfig`; `keep` leaves it to `truncation`."""
 
 
 class PreferenceDatasetConfig(DatasetConfig):
     """Pairs of answers to one prompt, one of them preferred.
 
     Where no prompt column exists and both sides are strings in the `Human:`/`Assistant:` form of HH-RLHF, the prompt is
-    everything up to the last `Assistant:`; a pair whose two sides have different prompts is dropped and counted.
+    everything up to the last `Assistant:`.
     """
 
+    adapter: PreferenceAdapterName | None = None
+    """Layout of the rows. None: found by the columns of each."""
     prompt_field: str | None = None
     """Column of the prompt: a string or a list of messages. None: `prompt`, `question` or `instruction` (with an optional
     `input`), else the part that both sides share."""
@@ -91,3 +155,11 @@ class PreferenceDatasetConfig(DatasetConfig):
     """Column of the preferred answer: a string or a list of messages."""
     rejected_field: str = "rejected"
     """Column of the other answer."""
+    min_score_ratio: NonNegativeFloat = 0.0
+    """Rows with a score for each side (Stanford SHP, rated answers): leave out pairs whose better score is less than this many
+    times the other one."""
+    truncation: Literal["drop", "cut_end", "cut_prompt_start"] = "cut_prompt_start"
+    """A pair over `max_length` is dropped; its answers lose their ends (and with them the end tokens); or its prompt loses its
+    beginning, down to half of `max_length`, and only then answers their ends. Always counted."""
+    lint: LintConfig = LintConfig()
+    """Checks before training."""

@@ -77,6 +77,8 @@ def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dic
         else:  # the stage's own size, rounded up to what the given part divides
             part = (micro or accumulation or 1) * world_size
             batch = math.ceil(default_batch / part) * part
+    if config.micro_batch_tokens is not None:
+        return {"batch_size": batch}
     if micro is None and accumulation is None:
         per_rank = max(1, batch // world_size)
         micro = max(size for size in range(1, min(per_rank, MOST_SEQUENCES_PER_FORWARD) + 1) if per_rank % size == 0)

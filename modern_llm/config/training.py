@@ -30,6 +30,9 @@ class TrainingConfig(StrictModel):
     """Sequences (pretraining: blocks; DPO: pairs) of one optimizer step, over all ranks."""
     micro_batch_size: PositiveInt | None = None
     """Sequences (or pairs) of one forward pass on one rank. It never changes the result, only memory and speed."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Instead of `micro_batch_size`: as many sequences (or pairs) to a forward pass as fit into so many tokens, best fit first;
+    a longer one is alone. It never changes the result either, and keeps memory even where lengths differ."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Forward passes of one optimizer step: `batch_size / (micro_batch_size × ranks)`. Checked; derived when left out."""
     max_steps: PositiveInt | None = None
@@ -86,6 +89,10 @@ class TrainingConfig(StrictModel):
             raise ValueError(f"max_steps={self.max_steps} and num_epochs={self.num_epochs} both set the length: give one")
         if self.max_steps is not None and self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}")
+        if self.micro_batch_tokens is not None and (self.micro_batch_size or self.gradient_accumulation_steps):
+            raise ValueError(
+                "micro_batch_tokens decides the micro-batches: leave micro_batch_size and gradient_accumulation_steps out"
+            )
         for beta in self.adam_betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"adam_betas={self.adam_betas} must lie in [0, 1)")

@@ -1,32 +1,58 @@
 """Chats as token ids, built part by part: what is template, what is content and what counts is known by construction.
 
-The template is rendered once with a marker in place of each message's content. The text between markers is template and is
-encoded with control tokens; contents are encoded as plain text and put back. So no search in text or ids is needed to find the
-assistant's words, no user can write a control token, and generation sees the very ids that training saw.
+The template is rendered once for each order of roles, with a marker in place of every content. The text between markers is
+template and is encoded with control tokens; contents are encoded as plain text and put back. So no search in text or ids is
+needed to find the assistant's words, no user can write a control token, and generation sees the very ids that training saw.
 """
 
+import functools
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
+from modern_llm.data.messages import Chat, Message, RowError
 from modern_llm.data.tokenizer import TextEncoder
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": text}`"""
-
-# private-use characters, which no tokenizer's template contains
-_MARKER = re.compile("\ue000aB(\\d+)\ue001")
+# Private-use characters, which no template contains, in a space that no template writes: it is gone where the template strips.
+_SPACE = "\u2003"
+_MARKER = re.compile(f"({_SPACE}?)\ue000aB(\\d+)\ue001({_SPACE}?)")
+HARMLESS = ("Hello there", "Good morning.", "Thank you", "Bye.")
 
 
 @dataclass(frozen=True)
 class ChatPart:
     """A run of ids that counts as a whole or not at all."""
 
-    ids: list[int]
+    ids: Sequence[int]
     scored: bool
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a message's content goes."""
+
+    message: int
+    before: str
+    """Spaces of the template that are encoded with the content, as they would be in one text."""
+    after: str
+    strip_left: bool
+    """The template takes spaces off the content's left side."""
+    strip_right: bool
+    scored: bool
+
+    def fill(self, content: str) -> str:
+        content = content.lstrip() if self.strip_left else content
+        return self.before + (content.rstrip() if self.strip_right else content) + self.after
+
+
+Plan = tuple[ChatPart | Slot, ...]
+"""A chat with its contents left open."""
 
 
 class ChatEncoder:
@@ -35,71 +61,157 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
+        self._plan_of_roles = functools.lru_cache(maxsize=10_000)(self._plan_roles)
 
-    def chat(self, messages: list[Message]) -> list[ChatPart]:
+    def chat(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[ChatPart]:
         """A whole chat that ends with an assistant's turn; every assistant's words and their end token count.
 
         Raises:
-            UserError: the template refuses the roles, or changes or hides a message.
+            UserError: the tokenizer's template cannot be trained on.
+            RowError: the template refuses this chat.
         """
-        opening = self._generation_prompt(messages)
-        marked = [{**message, "content": f"\ue000aB{i}\ue001"} for i, message in enumerate(messages)]
-        pieces = _MARKER.split(self._render(marked))  # template, index, template, index, …, template
-        if [int(index) for index in pieces[1::2]] != list(range(len(messages))):
-            raise UserError("the tokenizer's chat template leaves out, repeats or reorders messages: it cannot be trained on")
-        parts: list[ChatPart] = []
-        after_assistant = False
-        for i, message in enumerate([*messages, None]):
-            piece = pieces[2 * i]
-            if after_assistant:
-                end, piece = self._end_of_turn(piece, is_last=message is None)
-                parts.append(ChatPart(end, scored=True))
-            after_assistant = message is not None and message["role"] == "assistant"
-            if message is None:
-                break  # what stands behind the last end token is never reached in generation
-            if after_assistant:
-                cut = piece.rfind(opening)
-                if cut < 0:
-                    raise UserError("the tokenizer's chat template opens a turn in another way than its generation prompt does")
-                cut += len(opening)
-                parts.append(ChatPart(self.encoder.control(piece[:cut]), scored=False))
-                # what the template adds by itself, such as an empty <think> block, is the model's to write
-                parts.append(ChatPart(self.encoder.control(piece[cut:]), scored=True))
-            else:
-                parts.append(ChatPart(self.encoder.control(piece), scored=False))
-            parts.append(ChatPart(self.encoder.text(message["content"]), scored=after_assistant))
-        return [part for part in parts if part.ids]
+        return self.encode([(Chat(list(messages), tools), self.plan(Chat(list(messages), tools)))])[0]
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def plan(self, chat: Chat) -> Plan:
+        """How a chat is rendered, its contents left open.
+
+        Raises:
+            UserError: the tokenizer's template cannot be trained on.
+            RowError: the template refuses this chat.
+        """
+        self._check_template()
+        if chat.tools is None and not any("tool_calls" in message for message in chat.messages):
+            return self._plan_of_roles(tuple(message["role"] for message in chat.messages))
+        return self._plan_with_tools(chat)
+
+    def encode(self, planned: Sequence[tuple[Chat, Plan]]) -> list[list[ChatPart]]:
+        """The ids of many chats; their contents are tokenized in one parallel call."""
+        slots = [(chat, slot) for chat, plan in planned for slot in plan if isinstance(slot, Slot)]
+        texts = iter(self.encoder.texts([slot.fill(chat.messages[slot.message]["content"]) for chat, slot in slots]))
+        found = []
+        for _, plan in planned:
+            parts = [part if isinstance(part, ChatPart) else ChatPart(next(texts).tolist(), part.scored) for part in plan]
+            found.append([part for part in parts if part.ids])
+        return found
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids up to where the assistant begins to answer: what generation starts from."""
         return [i for part in self.prompt_and_answer(messages, "")[0] for i in part.ids]
 
-    def prompt_and_answer(self, messages: list[Message], answer: str) -> tuple[list[ChatPart], list[int]]:
+    def prompt_and_answer(self, messages: Sequence[Message], answer: str) -> tuple[list[ChatPart], list[int]]:
         """A prompt, in which nothing counts, and the ids of one answer with its end token, all of which count."""
-        parts = self.chat([*messages, {"role": "assistant", "content": answer}])
-        # the last answer is the run of scored parts at the end
-        first = len(parts)
-        while first and parts[first - 1].scored:
-            first -= 1
-        prompt = [ChatPart(part.ids, scored=False) for part in parts[:first]]
-        return prompt, [i for part in parts[first:] for i in part.ids]
+        return split_answer(self.chat([*messages, {"role": "assistant", "content": answer}]))
 
-    def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
+    @functools.cached_property
+    def end_token_id(self) -> int:
+        """The token that ends an assistant's turn."""
+        return self._plan_of_roles(("user", "assistant"))[-1].ids[-1]  # type: ignore[union-attr]
+
+    def _plan_roles(self, roles: tuple[str, ...]) -> Plan:
+        return self._plan(Chat([{"role": role, "content": "x"} for role in roles]))
+
+    def _plan_with_tools(self, chat: Chat) -> Plan:
+        """Calls and tool descriptions are written by the template, as JSON, and encoded with it: none may look like control."""
+        written = json.dumps([chat.tools, [m.get("tool_calls") for m in chat.messages]], ensure_ascii=False)
+        for text in self.encoder.control_texts:
+            if text in written:
+                raise RowError(
+                    f"a tool call or description holds {text!r}, which the chat template would take for a control token"
+                )
+        return self._plan(chat)
+
+    def _plan(self, chat: Chat) -> Plan:
+        messages, opening = chat.messages, self._generation_prompt
+        marked = [_marked(i, message) for i, message in enumerate(messages)]
+        pieces = _MARKER.split(self._render(marked, tools=chat.tools))
+        # template, space, index, space, template, …, template
+        if [int(index) for index in pieces[2::4]] != list(range(len(messages))):
+            raise RowError("the tokenizer's chat template leaves out, repeats or reorders messages of this chat")
+        if (
+            chat.tools is not None
+            and pieces[::4] == _MARKER.split(self._render([_marked(i, m) for i, m in enumerate(messages)]))[::4]
+        ):
+            raise RowError("the tokenizer's chat template has no place for tools")
+        parts: list[ChatPart | Slot] = []
+        piece = pieces[0]
+        for i, message in enumerate(messages):
+            left, right, behind = pieces[4 * i + 1], pieces[4 * i + 3], pieces[4 * i + 4]
+            if message["role"] != "assistant":
+                before = piece[len(piece.rstrip(" ")) :]
+                after = behind[: len(behind) - len(behind.lstrip(" "))]
+                parts.append(ChatPart(self.encoder.control(piece.removesuffix(before)), scored=False))
+                parts.append(Slot(i, before, after, not left, not right, scored=False))
+                piece = behind.removeprefix(after)
+                continue
+            cut = piece.rfind(opening)
+            if cut < 0:
+                raise UserError("the tokenizer's chat template opens a turn in another way than its generation prompt does")
+            cut += len(opening)
+            parts.append(ChatPart(self.encoder.control(piece[:cut]), scored=False))
+            # what the template adds by itself, such as an empty <think> block, is the model's to write
+            added, is_last = piece[cut:], i == len(messages) - 1
+            if _is_marked_by_name(message):
+                written, _, piece = behind.partition(self._end_text)
+                name = message["tool_calls"][0]["function"]["name"]
+                parts.append(ChatPart(self.encoder.control(added + name + written + self._end_text), scored=True))
+                continue
+            parts.append(ChatPart(self.encoder.control(added), scored=True))
+            parts.append(Slot(i, "", "", not left, not right, scored=True))
+            if "tool_calls" in message:
+                written, _, piece = behind.partition(self._end_text)
+                parts.append(ChatPart(self.encoder.control(written + self._end_text), scored=True))
+                continue
+            end_ids, piece = self._end_of_turn(behind, is_last)
+            parts.append(ChatPart(end_ids, scored=True))
+        # what stands behind the last end token is never reached in generation
+        return tuple(part for part in parts if isinstance(part, Slot) or part.ids)
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool = False, tools: Any = None) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+                )
+            )
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the tokenizer's chat template refuses a chat of {roles}: {error}") from None
+            raise RowError(f"the tokenizer's chat template refuses a chat of {roles}: {error}") from None
 
-    def _generation_prompt(self, messages: list[Message]) -> str:
+    @functools.cached_property
+    def _generation_prompt(self) -> str:
         """The text by which the template opens an assistant's turn."""
-        if not hasattr(self, "_opening"):
-            probe: list[Message] = [{"role": "user", "content": "\ue000aB0\ue001"}]
-            with_opening, without = self._render(probe, generation_prompt=True), self._render(probe)
-            if not with_opening.startswith(without) or with_opening == without:
-                raise UserError("the tokenizer's chat template has no generation prompt, so no answer could be asked for")
-            self._opening = with_opening[len(without) :]
-        return self._opening
+        probe = [_marked(0, {"role": "user", "content": "x"})]
+        with_opening, without = self._render(probe, generation_prompt=True), self._render(probe)
+        if not with_opening.startswith(without) or with_opening == without:
+            raise UserError("the tokenizer's chat template has no generation prompt, so no answer could be asked for")
+        return with_opening[len(without) :]
+
+    @functools.cached_property
+    def _end_text(self) -> str:
+        """The control token that ends an assistant's turn, as text."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
+
+    def _check_template(self) -> None:
+        """Refuse a template whose text, rendered and encoded at once, is not what the parts give: words that merge with it."""
+        if hasattr(self, "_checked"):
+            return
+        chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, HARMLESS, strict=True)]
+        try:
+            plan, whole = self._plan_of_roles(tuple(m["role"] for m in chat)), self.encoder.control(self._render(chat))
+        except RowError as error:
+            raise UserError(f"the tokenizer's chat template cannot be trained on: {error}") from None
+        parts = [i for part in self.encode([(Chat(chat), plan)])[0] for i in part.ids]
+        # a template without an end token gets the tokenizer's behind the last turn
+        same = parts if whole[len(parts) - 1 : len(parts)] == parts[-1:] else parts[:-1]
+        if whole[: len(same)] != same:
+            at = next((n for n, (a, b) in enumerate(zip(whole, same, strict=False)) if a != b), min(len(whole), len(same)))
+            raise UserError(
+                f"the tokenizer's chat template cannot be trained on part by part: rendered at once, 'Hello there' has other "
+                f"tokens ({self.tokenizer.convert_ids_to_tokens(whole[at : at + 3])} instead of "
+                f"{self.tokenizer.convert_ids_to_tokens(same[at : at + 3])}), so training and generation would differ: use a "
+                f"template that puts a line break or a control token between itself and the words"
+            )
+        self._checked = True
 
     def _end_of_turn(self, piece: str, is_last: bool) -> tuple[list[int], str]:
         """The ids that end an assistant's turn (up to the first control token behind it), and the rest of the template.
@@ -113,7 +225,23 @@ class ChatEncoder:
                 return ids[: i + 1], piece[piece.index(end_text) + len(end_text) :]
         return ([self.encoder.document_end] if is_last else []), piece
 
-    @property
-    def end_token_id(self) -> int:
-        """The token that ends an assistant's turn."""
-        return self.prompt_and_answer([{"role": "user", "content": "a"}], "a")[1][-1]
+
+def split_answer(parts: Sequence[ChatPart]) -> tuple[list[ChatPart], list[int]]:
+    """The last answer, which is the run of scored parts at the end, and what is before it, in which nothing counts then."""
+    first = len(parts)
+    while first and parts[first - 1].scored:
+        first -= 1
+    return [ChatPart(part.ids, scored=False) for part in parts[:first]], [i for part in parts[first:] for i in part.ids]
+
+
+def _is_marked_by_name(message: Message) -> bool:
+    """Whether a message is a call without words: then its function's name is what is marked."""
+    return bool(message.get("tool_calls")) and not message["content"]
+
+
+def _marked(i: int, message: Message) -> Message:
+    marker = f"{_SPACE}\ue000aB{i}\ue001{_SPACE}"
+    if not _is_marked_by_name(message):
+        return {**message, "content": marker}
+    call, *rest = message["tool_calls"]
+    return {**message, "tool_calls": [{**call, "function": {**call["function"], "name": marker}}, *rest]}

@@ -1,86 +1,147 @@
 """Demonstrations for supervised fine-tuning: only the assistant's words and their end token count."""
 
-from collections import Counter
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from modern_llm.config import UserError
-from modern_llm.config.data import InstructionDatasetConfig
-from modern_llm.data.chat import ChatEncoder, Message
-from modern_llm.data.messages import checked_messages, first_present, instruction_text, prompt_text, user_message
-from modern_llm.data.prepared import Example, PreparedData, finish, segment, split_rows, text_column
-from modern_llm.data.sources import Rows, prompt_hash
-from modern_llm.layout import Segment, num_scored
+import numpy as np
+
+from modern_llm.config.data import InstructionDatasetConfig, SourceConfig
+from modern_llm.data.chat import ChatEncoder, ChatPart
+from modern_llm.data.instruction_adapters import needs_regrouping, read_chat, threads
+from modern_llm.data.messages import Chat, RowError, prompt_text
+from modern_llm.data.packing import best_fit
+from modern_llm.data.prepared import (
+    Mixture,
+    PreparedData,
+    Report,
+    StoredExamples,
+    count,
+    finish,
+    prepare_sources,
+    read_rows,
+    segment_arrays,
+)
+from modern_llm.data.readers import BadRows, Row
+from modern_llm.data.sources import Source, is_held_out, open_source, prompt_hash
+from modern_llm.data.store import CUT_END, CUT_START, ENDS_WITH_END_TOKEN, Store, StoreWriter
+from modern_llm.data.tokenizer import template_fingerprint
 
 __all__ = ["InstructionDatasetConfig", "prepare_instructions"]
 
-PROMPT_COLUMNS = ("prompt", "instruction", "question")
-RESPONSE_COLUMNS = ("completion", "response", "output", "answer")
-
-
-def instruction_messages(rows: Rows, i: int, config: InstructionDatasetConfig) -> list[Message]:
-    """One row as a chat.
-
-    Raises:
-        UserError: the columns are not of a layout that is known, by file, line and field.
-    """
-    row = rows.rows[i]
-    if config.prompt_field is None and config.response_field is None and "messages" in row:
-        return checked_messages(rows, i, "messages")
-    prompt = config.prompt_field or first_present(row, PROMPT_COLUMNS)
-    response = config.response_field or first_present(row, RESPONSE_COLUMNS)
-    if prompt is None or response is None:
-        columns = ", ".join(map(str, row)) or "none"
-        raise UserError(
-            f"{rows.place(i)}: columns {columns} are no instruction layout: expected messages, or one of "
-            f"{', '.join(PROMPT_COLUMNS)} with one of {', '.join(RESPONSE_COLUMNS)}; or set prompt_field and response_field"
-        )
-    question = user_message(instruction_text(rows, i, prompt))
-    return [*question, {"role": "assistant", "content": text_column(rows, i, response)}]
+CHATS_AT_ONCE = 1000
+"""Chats tokenized in one parallel call."""
 
 
 def prepare_instructions(config: InstructionDatasetConfig, encoder: ChatEncoder) -> PreparedData:
     """Every chat as one segment of at most `max_length` tokens."""
-    report: Counter[str] = Counter()
-    rows, used, eval_rows, eval_used = split_rows(config, "instructions", _key(config), report)
-    train = _examples(rows, used, config, encoder, report)
-    evaluation = _examples(eval_rows, eval_used, config, encoder, Counter())
-    return finish(config, train, evaluation, report)
+    report: Report = {}
+    limits = config.model_dump(include={"adapter", "prompt_field", "response_field", "max_length", "truncation"})
+    sources = prepare_sources(
+        config, "instructions", {"tokenizer": template_fingerprint(encoder.tokenizer), **limits}, encoder.encoder.vocab_size,
+        False, partial(_build, config, encoder), report,
+    )  # fmt: skip
+    train = [_examples(s.train, s.used, config) for s in sources]
+    evaluation = [StoredExamples(s.evaluation, s.held_out) for s in sources]
+    weights = [s.weight for s in sources]
+    return finish(config, Mixture(train, weights), Mixture(evaluation, [1.0] * len(weights)), sources, report)
+
+
+def _examples(store: Store, used: np.ndarray, config: InstructionDatasetConfig) -> StoredExamples:
+    if not config.packing:
+        return StoredExamples(store, used)
+    order, ends = best_fit(store.example_tokens()[used], config.max_length)
+    return StoredExamples(store, used[order], ends)
 
 
 def held_out_rows(config: InstructionDatasetConfig) -> list[dict[str, Any]]:
     """The rows of the evaluation part as they are, for data sets whose answers can be judged."""
-    _, _, rows, used = split_rows(config, "instructions", _key(config), Counter())
-    return [rows.rows[i] for i in used]
+    found = []
+    for name, source in config.sources().items():
+        bad = BadRows(skip=config.on_bad_row == "skip")
+        opened = open_source(name, source, "instructions", config.eval_split)
+        for _, row, chat in chats_of(opened, config, bad, {"rows_read": 0}):
+            if config.eval_split is not None or is_held_out(chat_key(chat), config.eval_fraction):
+                found.append(row.values)
+    return found
 
 
-def _key(config: InstructionDatasetConfig) -> Callable[[int, Rows], int]:
+def chat_key(chat: Chat) -> int:
     """Hash of what is asked first: everything before the first answer."""
-
-    def key(i: int, rows: Rows) -> int:
-        messages = instruction_messages(rows, i, config)
-        first_answer = next((n for n, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-        return prompt_hash(prompt_text(messages[:first_answer]))
-
-    return key
+    first_answer = next(n for n, message in enumerate(chat.messages) if message["role"] == "assistant")
+    return prompt_hash(prompt_text(chat.messages[:first_answer]))
 
 
-def _examples(
-    rows: Rows, used: list[int], config: InstructionDatasetConfig, encoder: ChatEncoder, report: Counter[str]
-) -> list[Example]:
-    examples = []
-    for i in used:
-        messages = instruction_messages(rows, i, config)
-        while messages and messages[-1]["role"] != "assistant":  # a chat that ends with a question teaches nothing there
-            messages = messages[:-1]
-        if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-            report["dropped_because_no_answer"] += 1
+def chats_of(source: Source, config: InstructionDatasetConfig, bad: BadRows, report: Report) -> Iterator[tuple[int, Row, Chat]]:
+    """Every row that is a chat; the others are counted by reason."""
+    rows = read_rows(source, bad, report)
+    first = next(rows, None)
+    if first is None:
+        return
+    every: Iterator[tuple[tuple[int, Row], Any]] = ((item, item[1].values) for item in itertools.chain([first], rows))
+    if config.adapter in (None, "oasst") and needs_regrouping(first[1].values):
+        every = threads(every)
+    for (number, row), values in every:
+        try:
+            chat = read_chat(values, config)
+        except RowError as error:
+            bad(f"{row.place}: {error}")
             continue
-        whole = segment([(part.ids, part.scored) for part in encoder.chat(messages)])
-        cut = Segment(whole.ids[: config.max_length], whole.scored[: config.max_length])
-        if not num_scored(cut):
-            report["dropped_because_prompt_fills_max_length"] += 1
-            continue
-        report["cut"] += len(cut) < len(whole)
-        examples.append(Example((cut,), row=i))
-    return examples
+        if isinstance(chat, str):
+            count(report, f"dropped_because_{chat}")
+        else:
+            yield number, row, chat
+
+
+def _build(
+    config: InstructionDatasetConfig,
+    encoder: ChatEncoder,
+    _: SourceConfig,
+    source: Source,
+    writer: StoreWriter,
+    bad: BadRows,
+    report: Report,
+) -> None:
+    waiting: list[tuple[int, Chat, Any]] = []
+
+    def flush() -> None:
+        encoded = encoder.encode([(chat, plan) for _, chat, plan in waiting])
+        for (number, chat, _), parts in zip(waiting, encoded, strict=True):
+            cut = within_limit(parts, config)
+            if isinstance(cut, str):
+                count(report, f"dropped_because_{cut}")
+            else:
+                (ids, scored), flags = cut
+                writer.add([(ids, scored)], number, chat_key(chat), flags)
+        waiting.clear()
+
+    for number, row, chat in chats_of(source, config, bad, report):
+        try:
+            waiting.append((number, chat, encoder.plan(chat)))
+        except RowError as error:
+            bad(f"{row.place}: {error}")
+        if len(waiting) == CHATS_AT_ONCE:
+            flush()
+    flush()
+
+
+def within_limit(
+    parts: Sequence[ChatPart], config: InstructionDatasetConfig
+) -> tuple[tuple[np.ndarray, np.ndarray], int] | str:
+    """A chat of at most `max_length` tokens and its flags; or why it is left out."""
+    ids, scored = segment_arrays([(part.ids, part.scored) for part in parts])
+    over, flags = len(ids) - config.max_length, ENDS_WITH_END_TOKEN
+    if over > 0:
+        if config.truncation == "drop":
+            return "over_max_length"
+        if config.truncation == "cut_end":
+            ids, scored, flags = ids[:-over], scored[:-over], CUT_END
+        else:
+            last_answer = len(ids) - int(np.argmin(scored[::-1]))  # scored tokens at the end begin here
+            if over >= last_answer:  # not even one token of the question would be left
+                return "answer_over_max_length"
+            ids, scored, flags = ids[over:], scored[over:], CUT_START | ENDS_WITH_END_TOKEN
+    if not scored[1:].any():
+        return "prompt_fills_max_length"
+    return (ids, scored), flags

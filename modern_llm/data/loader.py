@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modern_llm.data.prepared import Example
+from modern_llm.data.packing import best_fit
+from modern_llm.data.prepared import Example, Mixture, Stream
 from modern_llm.layout import PackedRow, pack
 
 
@@ -14,8 +15,9 @@ class Position:
     """Where in the data a run stands: what has been consumed. Enough to continue with neither a repeat nor a gap."""
 
     epoch: int = 0
+    """Passes over the data that are done; of a stream, windows."""
     index: int = 0
-    """Examples of this epoch already consumed, over all ranks."""
+    """Examples of this epoch (or window) already consumed, over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -43,40 +45,82 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 1 + epoch]).permutation(num_examples)
 
 
-def micro_batches(examples: Sequence[Example], micro_batch_size: int) -> Iterator[MicroBatch]:
-    """The examples in order, `micro_batch_size` to a forward pass; the last may hold fewer."""
-    for start in range(0, len(examples), micro_batch_size):
-        part = examples[start : start + micro_batch_size]
+def micro_batches(
+    examples: Sequence[Example], micro_batch_size: int | None, micro_batch_tokens: int | None = None
+) -> Iterator[MicroBatch]:
+    """The examples in order, `micro_batch_size` to a forward pass; the last may hold fewer.
+
+    With `micro_batch_tokens`, best-fit groups of at most so many tokens instead; a longer example is alone.
+    """
+    if micro_batch_tokens is None:
+        assert micro_batch_size is not None
+        groups = [range(i, min(i + micro_batch_size, len(examples))) for i in range(0, len(examples), micro_batch_size)]
+        examples_of = examples
+    else:
+        examples_of = [examples[i] for i in range(len(examples))]
+        lengths = np.array([sum(map(len, example.segments)) for example in examples_of], dtype=np.int64)
+        order, ends = best_fit(lengths, max(micro_batch_tokens, int(lengths.max(initial=0))))
+        groups = np.split(order, ends[:-1])
+    for group in groups:
+        part = [examples_of[i] for i in group]
         row = pack([segment for example in part for segment in example.segments])
         yield MicroBatch(row, {"tokens": row.num_scored, "examples": len(part)}, [example.row for example in part])
 
 
 def steps(
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Stream,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_size: int | None,
     seed: int,
     start: Position = Position(),
     rank: int = 0,
     world_size: int = 1,
+    micro_batch_tokens: int | None = None,
 ) -> Iterator[StepBatch]:
     """Optimizer steps without end from a position on; each epoch's last step holds what is left of it.
 
     Args:
-        examples: all examples, on every rank.
+        examples: all examples, on every rank; or a stream of which each rank reads its share.
         batch_size: examples of a step over all ranks; rank r takes every `world_size`-th of them, from r on.
         micro_batch_size: examples of a forward pass.
         seed: decides each epoch's order.
         start: where to begin.
         rank: this process.
         world_size: number of processes.
+        micro_batch_tokens: see `micro_batches`.
     """
+    if not isinstance(examples, Sequence):
+        yield from _streamed(examples, batch_size, micro_batch_size, start, rank, world_size, micro_batch_tokens)
+        return
     epoch, index = start.epoch, start.index
     while True:
-        order = epoch_order(len(examples), seed, epoch)
-        while index < len(examples):
+        mixed = isinstance(examples, Mixture)
+        order = examples.epoch_order(seed, epoch) if mixed else epoch_order(len(examples), seed, epoch)
+        while index < len(order):
             mine = order[index : index + batch_size][rank::world_size]
-            index = min(index + batch_size, len(examples))
-            after = Position(epoch + 1, 0) if index == len(examples) else Position(epoch, index)
-            yield StepBatch(list(micro_batches([examples[i] for i in mine], micro_batch_size)), after)
+            index = min(index + batch_size, len(order))
+            after = Position(epoch + 1, 0) if index == len(order) else Position(epoch, index)
+            yield StepBatch(list(micro_batches([examples[i] for i in mine], micro_batch_size, micro_batch_tokens)), after)
         epoch, index = epoch + 1, 0
+
+
+def _streamed(
+    stream: Stream,
+    batch_size: int,
+    micro_batch_size: int | None,
+    start: Position,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int | None,
+) -> Iterator[StepBatch]:
+    """Optimizer steps over a stream's windows; each window's last step holds what is left of it."""
+    share = batch_size // world_size
+    consumed = start.index // world_size
+    for window, blocks in stream.windows(start.epoch, rank, world_size):
+        while consumed < len(blocks):
+            mine = blocks[consumed : consumed + share]
+            consumed += len(mine)
+            done = consumed == len(blocks)
+            after = Position(window + 1, 0) if done else Position(window, consumed * world_size)
+            yield StepBatch(list(micro_batches(mine, micro_batch_size, micro_batch_tokens)), after)
+        consumed = 0

@@ -1,147 +1,208 @@
 """Pairs of answers to one prompt: both sides carry the same prompt ids, and only the answers count."""
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from modern_llm.config import UserError
-from modern_llm.config.data import PreferenceDatasetConfig
+from modern_llm.config.data import PreferenceDatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
-from modern_llm.data.chat import ChatEncoder, Message
-from modern_llm.data.messages import (
-    checked_messages,
-    first_present,
-    hh_messages,
-    instruction_text,
-    prompt_text,
-    user_message,
+from modern_llm.data.chat import ChatEncoder, split_answer
+from modern_llm.data.lint import Lint
+from modern_llm.data.messages import Chat, Pair, RowError, prompt_text
+from modern_llm.data.preference_adapters import PairRow, read_pair
+from modern_llm.data.prepared import (
+    Mixture,
+    PreparedData,
+    Report,
+    StoredExamples,
+    count,
+    finish,
+    prepare_sources,
+    read_rows,
 )
-from modern_llm.data.prepared import Example, PreparedData, finish, segment, split_rows, text_column
-from modern_llm.data.sources import Rows, prompt_hash
+from modern_llm.data.readers import BadRows, Row
+from modern_llm.data.sources import Source, is_held_out, open_source, prompt_hash
+from modern_llm.data.store import CUT_END, CUT_START, ENDS_WITH_END_TOKEN, StoreWriter
+from modern_llm.data.tokenizer import template_fingerprint
 from modern_llm.layout import Segment
 
-__all__ = ["Pair", "PreferenceDatasetConfig", "prepare_preferences", "read_pair"]
+__all__ = ["Pair", "PreferenceDatasetConfig", "prepare_preferences"]
 
-PROMPT_COLUMNS = ("prompt", "question", "instruction")
+PAIRS_AT_ONCE = 1000
+"""Pairs tokenized in one parallel call."""
 
+_DECIDING = {"adapter", "prompt_field", "chosen_field", "rejected_field", "min_score_ratio", "truncation", "lint"}
+"""Fields of the config that decide the tokens."""
 
-@dataclass(frozen=True)
-class Pair:
-    """A prompt and two answers to it, as text."""
-
-    prompt: list[Message]
-    chosen: str
-    rejected: str
-
-
-def read_pair(rows: Rows, i: int, config: PreferenceDatasetConfig) -> Pair | str:
-    """One row as a pair, or the reason why it is none.
-
-    Raises:
-        UserError: a column is missing or of the wrong kind, by file, line and field.
-    """
-    row = rows.rows[i]
-    prompt_field = config.prompt_field or first_present(row, PROMPT_COLUMNS)
-    chosen, rejected = (_side(rows, i, field, prompt_field) for field in (config.chosen_field, config.rejected_field))
-    if prompt_field is None:
-        prompt = chosen[:-1]
-        if prompt_text(prompt) != prompt_text(rejected[:-1]):
-            return "prompts_differ"
-    elif prompt_field in row and isinstance(row[prompt_field], list):
-        prompt = checked_messages(rows, i, prompt_field)
-    else:
-        prompt = user_message(instruction_text(rows, i, prompt_field))
-    if not prompt or prompt[-1]["role"] != "user" or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        return "turns_out_of_order"
-    if not chosen[-1]["content"].strip() or not rejected[-1]["content"].strip():
-        return "answer_empty"
-    if chosen[-1]["content"] == rejected[-1]["content"]:
-        return "answers_identical"
-    return Pair(prompt, chosen[-1]["content"], rejected[-1]["content"])
-
-
-def _side(rows: Rows, i: int, field: str, prompt_field: str | None) -> list[Message]:
-    """The turns of one side, its answer last."""
-    row = rows.rows[i]
-    if field not in row:
-        raise UserError(f"{rows.place(i)}: no column '{field}' (columns: {', '.join(map(str, row)) or 'none'})")
-    if isinstance(row[field], list):
-        if not row[field]:
-            raise UserError(f"{rows.place(i)}: '{field}' is an empty list: it must be text or a list of messages")
-        return checked_messages(rows, i, field)
-    if isinstance(row[field], str):
-        text = text_column(rows, i, field)
-        if prompt_field is not None:
-            return [{"role": "assistant", "content": text}]
-        messages = hh_messages(text)
-        if messages:
-            return messages
-        raise UserError(
-            f"{rows.place(i)}: no prompt: '{field}' is no 'Human:'/'Assistant:' dialogue and there is none of the columns "
-            f"{', '.join(PROMPT_COLUMNS)}: set prompt_field"
-        )
-    raise UserError(f"{rows.place(i)}: '{field}' must be text or a list of messages, not {type(row[field]).__name__}")
-
-
-def pair_key(i: int, rows: Rows, config: PreferenceDatasetConfig) -> int:
-    """Hash of the prompt of row i."""
-    pair = read_pair(rows, i, config)
-    return prompt_hash(prompt_text(pair.prompt) if isinstance(pair, Pair) else f"row {i}")
+Sides = tuple[list[int], list[int], list[int]]
+"""Ids of the prompt, the chosen and the rejected answer, each answer with its end token."""
 
 
 def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder) -> PreparedData:
     """Every pair as two segments, chosen first, within the limits of `DPOConfig`."""
-    report: Counter[str] = Counter()
-    rows, used, eval_rows, eval_used = split_rows(config, "preferences", lambda i, r: pair_key(i, r, config), report)
-    train = _examples(rows, used, config, dpo, encoder, report)
-    evaluation = _examples(eval_rows, eval_used, config, dpo, encoder, Counter())
-    return finish(config, train, evaluation, report)
+    report: Report = {}
+    limits = {
+        **dpo.model_dump(include={"max_length", "max_prompt_length", "max_completion_length"}),
+        **config.model_dump(include=_DECIDING),
+    }
+    sources = prepare_sources(
+        config, "preferences", {"tokenizer": template_fingerprint(encoder.tokenizer), **limits}, encoder.encoder.vocab_size,
+        False, partial(_build, config, dpo, encoder), report,
+    )  # fmt: skip
+    train = [StoredExamples(s.train, s.used) for s in sources]
+    evaluation = [StoredExamples(s.evaluation, s.held_out) for s in sources]
+    weights = [s.weight for s in sources]
+    return finish(config, Mixture(train, weights), Mixture(evaluation, [1.0] * len(weights)), sources, report)
 
 
 def held_out_pairs(config: PreferenceDatasetConfig) -> list[Pair]:
-    """The pairs of the evaluation part, as text."""
-    _, _, rows, used = split_rows(config, "preferences", lambda i, r: pair_key(i, r, config), Counter())
-    return [pair for pair in (read_pair(rows, i, config) for i in used) if isinstance(pair, Pair)]
+    """The pairs of the evaluation part that pass the checks, as text."""
+    found = []
+    for name, source in config.sources().items():
+        bad = BadRows(skip=config.on_bad_row == "skip")
+        opened = open_source(name, source, "preferences", config.eval_split)
+        for _, _, pair in pairs_of(opened, config, Lint(config.lint, {}), bad, {"rows_read": 0}):
+            if config.eval_split is not None or is_held_out(pair_key(pair), config.eval_fraction):
+                found.append(pair)
+    return found
 
 
-def _examples(
-    rows: Rows,
-    used: list[int],
+def pair_key(pair: Pair) -> int:
+    """Hash of the prompt."""
+    return prompt_hash(prompt_text(pair.prompt))
+
+
+def pairs_of(
+    source: Source, config: PreferenceDatasetConfig, lint: Lint, bad: BadRows, report: Report
+) -> Iterator[tuple[int, Row, Pair]]:
+    """Every row that is a pair and passes the checks; the others are counted by reason."""
+    for number, row in read_rows(source, bad, report, "pairs"):
+        try:
+            found = read_pair(row.values, config)
+        except RowError as error:
+            bad(f"{row.place}: {error}")
+            continue
+        if not isinstance(found, PairRow):
+            count(report, f"dropped_because_{found}")
+        elif lint.keeps(found.pair, found.prompts_differ, row.place):
+            yield number, row, found.pair
+
+
+def _build(
     config: PreferenceDatasetConfig,
     dpo: DPOConfig,
     encoder: ChatEncoder,
-    report: Counter[str],
-) -> list[Example]:
-    examples = []
-    for i in used:
-        pair = read_pair(rows, i, config)
-        if isinstance(pair, str):
-            report[f"dropped_because_{pair}"] += 1
-            continue
-        segments, cut = encode_pair(pair, dpo, encoder)
-        if np.array_equal(segments[0].ids, segments[1].ids):
-            report["dropped_because_answers_identical_up_to_the_cut"] += 1
-            continue
-        report["answers_cut"] += cut
-        examples.append(Example(segments, row=i))
-    return examples
+    _: SourceConfig,
+    source: Source,
+    writer: StoreWriter,
+    bad: BadRows,
+    report: Report,
+) -> None:
+    waiting: list[tuple[int, Row, Pair, Any]] = []
+    lint = Lint(config.lint, report)
+
+    def flush() -> None:
+        for (number, row, pair, _), sides in zip(
+            waiting, _encode(encoder, [(p, plan) for _, _, p, plan in waiting]), strict=True
+        ):
+            if len(sides[1]) != len(sides[2]):
+                count(report, "longer_answer_chosen" if len(sides[1]) > len(sides[2]) else "shorter_answer_chosen")
+            if _is_over(sides, dpo) and not lint.verdict("over_limit", row.place):
+                continue
+            cut = within_limits(sides, dpo, config.truncation)
+            if isinstance(cut, str):
+                count(report, f"dropped_because_{cut}")
+                continue
+            (prompt, chosen, rejected), flags = cut
+            if chosen == rejected:
+                count(report, "dropped_because_answers_identical_up_to_the_cut")
+                continue
+            segments = [_arrays(prompt, answer) for answer in (chosen, rejected)]
+            writer.add(segments, number, pair_key(pair), flags)
+        waiting.clear()
+
+    for number, row, pair in pairs_of(source, config, lint, bad, report):
+        try:
+            waiting.append((number, row, pair, encoder.plan(_as_chat(pair, pair.chosen))))
+        except RowError as error:
+            bad(f"{row.place}: {error}")
+        if len(waiting) == PAIRS_AT_ONCE:
+            flush()
+    flush()
 
 
-def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[tuple[Segment, Segment], int]:
-    """The two segments of a pair, chosen first, and how many of its answers were cut.
+def _as_chat(pair: Pair, answer: str) -> Chat:
+    return Chat([*pair.prompt, {"role": "assistant", "content": answer}])
 
-    Where prompt and longest answer exceed `max_length`, the prompt first loses its beginning, down to half of `max_length`;
-    then answers lose their end, and with it the end token. So no answer is ever empty and both sides keep one prompt.
+
+def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, Any]]) -> list[Sides]:
+    """The ids of many pairs. Both answers stand in the same plan, so they meet the same prompt."""
+    chats = [(_as_chat(pair, answer), plan) for pair, plan in planned for answer in (pair.chosen, pair.rejected)]
+    split = [split_answer(parts) for parts in encoder.encode(chats)]
+    return [
+        ([i for part in prompt for i in part.ids], chosen, rejected)
+        for (prompt, chosen), (_, rejected) in zip(split[::2], split[1::2], strict=True)
+    ]
+
+
+def _arrays(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.array([*prompt, *answer], dtype=np.int32)
+    return ids, np.arange(len(ids)) >= len(prompt)
+
+
+def _is_over(sides: Sides, dpo: DPOConfig) -> bool:
+    prompt, chosen, rejected = map(len, sides)
+    longest = max(chosen, rejected)
+    return (
+        prompt + longest > dpo.max_length
+        or (dpo.max_prompt_length is not None and prompt > dpo.max_prompt_length)
+        or (dpo.max_completion_length is not None and longest > dpo.max_completion_length)
+    )
+
+
+def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides, int] | str:
+    """A pair within the limits and its flags, or why it is left out.
+
+    No answer is ever empty, both sides keep one prompt, and an answer that loses its end loses its end token. A limit of the
+    prompt alone is always kept by cutting its beginning.
     """
-    prompt_parts, chosen = encoder.prompt_and_answer(pair.prompt, pair.chosen)
-    _, rejected = encoder.prompt_and_answer(pair.prompt, pair.rejected)
-    prompt = [i for part in prompt_parts for i in part.ids]
-    if dpo.max_prompt_length is not None:
-        prompt = prompt[-dpo.max_prompt_length :]
+    prompt, chosen, rejected = sides
+    if truncation == "drop" and _is_over(sides, dpo):
+        return "over_max_length"
+    flags = 0
+    if dpo.max_prompt_length is not None and len(prompt) > dpo.max_prompt_length:
+        prompt, flags = prompt[-dpo.max_prompt_length :], CUT_START
     most = dpo.max_completion_length or dpo.max_length
-    longest = min(most, max(len(chosen), len(rejected)))
-    prompt = prompt[-max(dpo.max_length - longest, dpo.max_length // 2) :]
+    if truncation == "cut_prompt_start":
+        longest = min(most, max(len(chosen), len(rejected)))
+        kept = max(dpo.max_length - longest, dpo.max_length // 2)
+        if len(prompt) > kept:
+            prompt, flags = prompt[-kept:], CUT_START
     room = min(most, dpo.max_length - len(prompt))
-    sides = (segment([(prompt, False), (chosen[:room], True)]), segment([(prompt, False), (rejected[:room], True)]))
-    return sides, (len(chosen) > room) + (len(rejected) > room)
+    if room < 1:
+        return "prompt_fills_max_length"
+    if max(len(chosen), len(rejected)) > room:
+        chosen, rejected, flags = chosen[:room], rejected[:room], flags | CUT_END
+    else:
+        flags |= ENDS_WITH_END_TOKEN
+    return (prompt, chosen, rejected), flags
+
+
+def encode_whole(pair: Pair, encoder: ChatEncoder) -> Sides:
+    """All ids of a pair. Raises `RowError` where the template refuses the prompt."""
+    return _encode(encoder, [(pair, encoder.plan(_as_chat(pair, pair.chosen)))])[0]
+
+
+def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segment, Segment]:
+    """The two segments of a pair, chosen first.
+
+    Raises:
+        RowError: the template refuses the prompt, or the limits leave nothing to compare.
+    """
+    cut = within_limits(encode_whole(pair, encoder), dpo, "cut_prompt_start")
+    if isinstance(cut, str):
+        raise RowError(cut.replace("_", " "))
+    (prompt, chosen, rejected), _ = cut
+    return Segment(*_arrays(prompt, chosen)), Segment(*_arrays(prompt, rejected))

@@ -1,135 +1,319 @@
-"""What every kind of data set becomes: examples on the host, ready to be packed, and a report of what happened to the rows."""
+"""What every kind of data set becomes: examples ready to be packed into rows, and a report of what happened to the data."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
+from modern_llm import distributed
 from modern_llm.config import UserError
-from modern_llm.config.data import DatasetConfig, LanguageModelingDatasetConfig, MoreDocuments
-from modern_llm.data.sources import Kind, Rows, is_held_out, joined, load_rows
+from modern_llm.config.data import DatasetConfig, SourceConfig
+from modern_llm.data.readers import BadRows, Row
+from modern_llm.data.sources import Kind, Source, are_held_out, open_source, preparation_version
+from modern_llm.data.store import CUT_END, CUT_START, ENDS_WITH_END_TOKEN, Store, StoreWriter, stored
 from modern_llm.layout import Segment, num_scored
+
+Report = dict[str, Any]
+"""Counts of rows and tokens by name; what the numbers are is in docs/data.md."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is drawn together: a block of documents, one chat, or the two sides of a pair (chosen first)."""
+    """What is drawn together: a block of documents, one chat or a pack of them, or the two sides of a pair (chosen first)."""
 
     segments: tuple[Segment, ...]
     row: int
-    """Where it came from: the row's number in its split (pretraining: the block's number)."""
+    """Where it came from: the row's number in its source (pretraining: the block's number)."""
 
     @property
     def num_scored(self) -> int:
         return sum(num_scored(segment) for segment in self.segments)
 
 
+class Part(Sequence[Example]):
+    """The examples of one source."""
+
+    num_tokens: int
+    """Tokens of all examples."""
+    num_scored: int
+    """How many of them count."""
+    longest: int
+    """Tokens of the longest segment."""
+
+    def fingerprint(self) -> str:
+        """A hash of every token and mask, in order."""
+        raise NotImplementedError
+
+
+class InMemory(Part):
+    """A list of examples."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        lengths = [len(segment) for example in examples for segment in example.segments]
+        self.num_tokens, self.longest = sum(lengths), max(lengths, default=0)
+        self.num_scored = sum(example.num_scored for example in examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override] - no slices
+        return self.examples[i]
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(*(data for e in self.examples for s in e.segments for data in (s.ids, s.scored, b"|")))
+
+
+class StoredExamples(Part):
+    """Some examples of a store, each alone or several of them packed into one."""
+
+    def __init__(self, store: Store, chosen: np.ndarray, pack_ends: np.ndarray | None = None) -> None:
+        """
+        Args:
+            store: where they are.
+            chosen: (n,) int64 numbers of the examples to use.
+            pack_ends: (packs,) int64: pack p holds `chosen[pack_ends[p - 1] : pack_ends[p]]`. None: each is one.
+        """
+        self.store, self.chosen = store, chosen
+        self.pack_ends = np.arange(1, len(chosen) + 1) if pack_ends is None else pack_ends
+        tokens = store.example_tokens()[chosen]
+        self.num_tokens, self.num_scored = int(tokens.sum()), int(store.num_scored[chosen].sum())
+        segments = np.diff(store.segment_ends, prepend=0)
+        self.longest = int(segments.max()) if len(segments) else 0
+
+    def __len__(self) -> int:
+        return len(self.pack_ends)
+
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override] - no slices
+        first = int(self.pack_ends[i - 1]) if i else 0
+        members = self.chosen[first : int(self.pack_ends[i])]
+        segments = tuple(segment for member in members for segment in self.store.segments(int(member)))
+        return Example(segments, int(self.store.rows[members[0]]))
+
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.store.content, self.chosen, self.pack_ends)
+
+
+@dataclass(frozen=True)
+class Mixture(Sequence[Example]):
+    """Examples of several sources, and how often an epoch goes through each."""
+
+    parts: Sequence[Part]
+    weights: Sequence[float]
+
+    def __len__(self) -> int:
+        """Examples that exist, each counted once."""
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override] - no slices
+        for part in self.parts:
+            if i < len(part):
+                return part[int(i)]
+            i -= len(part)
+        raise IndexError(i)
+
+    @property
+    def epoch_size(self) -> int:
+        """Examples that an epoch draws."""
+        return sum(whole * len(part) + more for part, (whole, more) in zip(self.parts, self._passes(), strict=True))
+
+    def fingerprint(self) -> str:
+        """sha256 over every token and every mask, in order, and the weights."""
+        return fingerprint_of(*(part.fingerprint() for part in self.parts), repr([float(w) for w in self.weights]))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return max((part.longest for part in self.parts), default=0)
+
+    def _passes(self) -> Iterator[tuple[int, int]]:
+        """Of each part: whole passes, and the examples of the pass that is cut short."""
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            whole = int(weight)
+            yield whole, round((weight - whole) * len(part))
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """(epoch_size,) int64: what an epoch draws, in order; a pure function of its arguments.
+
+        A weight of 1/2 takes another half each epoch: the parts of a pass that is cut short follow each other round a fixed
+        permutation.
+        """
+        drawn, offset = [], 0
+        for number, (part, (whole, more)) in enumerate(zip(self.parts, self._passes(), strict=True)):
+            drawn += [offset + np.arange(len(part))] * whole
+            if more:
+                circle = np.random.default_rng([seed, 0, number]).permutation(len(part))
+                drawn.append(offset + circle[(epoch * more + np.arange(more)) % len(part)])
+            offset += len(part)
+        return np.random.default_rng([seed, 1 + epoch]).permutation(np.concatenate(drawn))
+
+
+class Stream(Protocol):
+    """Examples that are read while training, without end (`modern_llm.data.streaming`)."""
+
+    epoch_size: None
+    longest: int
+
+    def fingerprint(self) -> str: ...
+
+    def windows(self, start: int, rank: int, world_size: int) -> Iterator[tuple[int, list[Example]]]: ...
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Training and evaluation examples of a stage."""
 
-    train: list[Example]
-    evaluation: list[Example]
-    report: Counter[str] = field(default_factory=Counter)
-    """Rows read, used, held out, cut and dropped, by reason; tokens."""
+    train: Mixture | Stream
+    evaluation: Mixture
+    report: Report = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """sha256 over every token and every mask, in order: equal data trains equally."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.evaluation):
-            digest.update(f"{len(part)};".encode())
-            for example in part:
-                digest.update(f"{len(example.segments)},".encode())
-                for segment in example.segments:
-                    digest.update(segment.ids.tobytes())
-                    digest.update(np.packbits(segment.scored).tobytes())
-        return digest.hexdigest()
+        """Equal data trains equally."""
+        return fingerprint_of(self.train.fingerprint(), self.evaluation.fingerprint())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return max(self.train.longest, self.evaluation.longest)
 
 
-def segment(parts: list[tuple[list[int], bool]]) -> Segment:
-    """A segment from runs of ids that count as a whole or not at all."""
+def mixture_of(examples: Sequence[Example]) -> Mixture:
+    """Examples in memory, each once an epoch."""
+    return Mixture((InMemory(examples),), (1.0,))
+
+
+def fingerprint_of(*content: str | bytes | np.ndarray) -> str:
+    """sha256 over several pieces."""
+    digest = hashlib.sha256()
+    for item in content:
+        data = item.encode() if isinstance(item, str) else item if isinstance(item, bytes) else np.ascontiguousarray(item).data
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
+
+
+def segment_arrays(parts: Sequence[tuple[Sequence[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask from runs of ids that count as a whole or not at all."""
     ids = np.array([i for run, _ in parts for i in run], dtype=np.int32)
-    scored = np.array([counts for run, counts in parts for _ in run], dtype=bool)
-    return Segment(ids, scored)
+    scored = np.repeat([counts for _, counts in parts], [len(run) for run, _ in parts]).astype(bool)
+    return ids, scored
 
 
-def split_rows(
-    config: DatasetConfig, kind: Kind, key: Callable[[int, Rows], int], report: Counter[str]
-) -> tuple[Rows, list[int], Rows, list[int]]:
-    """Training and evaluation rows: the source of each, and which of its rows to use.
+Build = Callable[[SourceConfig, Source, StoreWriter, BadRows, Report], None]
+"""Reads a source into a store and counts what happens to its rows."""
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """One source of a mixture, in tokens."""
+
+    weight: float
+    train: Store
+    used: np.ndarray
+    """(n,) int64: the examples to train on."""
+    evaluation: Store
+    held_out: np.ndarray
+    """(n,) int64: the examples held out."""
+
+
+def prepare_sources(
+    config: DatasetConfig, kind: Kind, key: dict[str, Any], vocab_size: int, all_scored: bool, build: Build, report: Report
+) -> list[PreparedSource]:
+    """Every source of a data set as a store, built at most once, and which of its examples are held out.
 
     Args:
-        config: says how rows are held out.
-        kind: kind of data set.
-        key: hash of the prompt of row i; rows with equal hashes never stand on both sides.
-        report: gets the counts.
+        config: the data set.
+        kind: what its rows are for.
+        key: what decides the tokens besides rows and code: tokenizer, template, limits.
+        vocab_size: of the tokenizer.
+        all_scored: every token counts.
+        build: reads the rows.
+        report: gets the counts of all sources together.
+
+    Raises:
+        UserError: a source is not there, or a row cannot be read.
     """
-    rows = load_rows(config, kind, config.split)
-    if isinstance(config, LanguageModelingDatasetConfig) and config.also:
-        rows = joined([rows, *(_documents_of(source, config.text_field) for source in config.also)])
-    report["rows_read"] = len(rows)
-    if config.eval_split is None:
-        held_out = [config.eval_fraction > 0 and is_held_out(key(i, rows), config.eval_fraction) for i in range(len(rows))]
-        return (
-            rows,
-            [i for i, out in enumerate(held_out) if not out],
-            rows,
-            [i for i, out in enumerate(held_out) if out],
-        )
-    eval_rows = load_rows(config, kind, config.eval_split)
-    eval_keys = {key(i, eval_rows) for i in range(len(eval_rows))}
-    used = [i for i in range(len(rows)) if key(i, rows) not in eval_keys]
-    report["dropped_because_held_out_too"] = len(rows) - len(used)
-    return rows, used, eval_rows, list(range(len(eval_rows)))
+    found = []
+    for name, source in config.sources().items():
+
+        def store_of(split: str | None, name: str = name, source: Any = source) -> Store:
+            opened = open_source(name, source, kind, split)
+
+            def fill(folder: Any) -> None:
+                counts: Report = {"rows_read": 0}
+                bad = BadRows(skip=config.on_bad_row == "skip")
+                writer = StoreWriter(folder, vocab_size, all_scored)
+                build(source, opened, writer, bad, counts)
+                if bad.count:
+                    counts["bad_rows_skipped"] = bad.count
+                if not counts["rows_read"]:
+                    raise UserError(f"dataset_name={name!r}: split {split or source.split!r} has no rows")
+                writer.close(counts)
+
+            whole_key = {
+                **key,
+                "kind": kind,
+                "source": opened.fingerprint(),
+                "text_field": source.text_field,
+                "code": preparation_version(),
+                "on_bad_row": config.on_bad_row,
+            }
+            if distributed.is_main():
+                stored(whole_key, fill)
+            distributed.barrier()
+            return stored(whole_key, fill)
+
+        train = store_of(None)
+        for count, value in train.report.items():
+            report[count] = report.get(count, 0) + value
+        if config.eval_split is None:
+            out = are_held_out(train.keys, config.eval_fraction)
+            found.append(PreparedSource(source.weight, train, np.flatnonzero(~out), train, np.flatnonzero(out)))
+        else:
+            evaluation = store_of(config.eval_split)
+            used = np.flatnonzero(~np.isin(train.keys, evaluation.keys))
+            report["dropped_because_held_out_too"] = report.get("dropped_because_held_out_too", 0) + len(train) - len(used)
+            found.append(PreparedSource(source.weight, train, used, evaluation, np.arange(len(evaluation))))
+    return found
 
 
-def _documents_of(source: MoreDocuments, field_name: str) -> Rows:
-    """The documents of one more source, under the main source's column name."""
-    rows = load_rows(source, "text", source.split)
-    texts = [text_column(rows, i, source.text_field) for i in range(len(rows))]
-    return Rows([{field_name: text} for text in texts], rows.place)
+def count(report: Report, name: str) -> None:
+    """One more of something."""
+    report[name] = report.get(name, 0) + 1
 
 
-def finish(config: DatasetConfig, train: list[Example], evaluation: list[Example], report: Counter[str]) -> PreparedData:
-    """Close a preparation.
+def read_rows(source: Source, bad: BadRows, report: Report, name: str = "rows") -> Iterator[tuple[int, Row]]:
+    """The rows of a source with their numbers, counted, under a progress bar where there is a terminal."""
+    with tqdm(desc="preparing", unit=f" {name}", disable=None, leave=False) as bar:
+        for number, row in enumerate(source.rows(bad)):
+            report["rows_read"] += 1
+            bar.update()
+            yield number, row
+
+
+def finish(
+    config: DatasetConfig, train: Mixture, evaluation: Mixture, sources: list[PreparedSource], report: Report
+) -> PreparedData:
+    """Close a preparation: the numbers of what is left.
 
     Raises:
         UserError: nothing is left to train on.
     """
     report["examples"], report["eval_examples"] = len(train), len(evaluation)
-    report["tokens"] = sum(len(s) for example in train for s in example.segments)
-    report["scored_tokens"] = sum(example.num_scored for example in train)
-    if not train:
+    tokens = np.concatenate([s.train.example_tokens()[s.used] for s in sources])
+    flags = np.concatenate([s.train.flags[s.used] for s in sources])
+    report["tokens"] = sum(part.num_tokens for part in train.parts)
+    report["scored_tokens"] = sum(part.num_scored for part in train.parts)
+    for name, flag in {"cut_end": CUT_END, "cut_start": CUT_START}.items():
+        if count := int(np.count_nonzero(flags & flag)):
+            report[name] = count
+    if not len(train):
         counts = ", ".join(f"{name}={count}" for name, count in report.items() if count)
         raise UserError(f"dataset_name={config.dataset_name!r}: no example is left to train on ({counts})")
+    report["end_token_share"] = round(float(np.count_nonzero(flags & ENDS_WITH_END_TOKEN)) / len(flags), 4)
+    for percent in (50, 90, 99, 100):
+        name = "length_max" if percent == 100 else f"length_p{percent}"
+        report[name] = int(np.percentile(tokens, percent, method="higher"))
     return PreparedData(train, evaluation, report)
-
-
-def text_column(rows: Rows, i: int, field_name: str) -> str:
-    """The text of a column.
-
-    Raises:
-        UserError: the column is missing or holds something else, by file, line and field.
-    """
-    row = rows.rows[i]
-    if field_name not in row:
-        raise UserError(f"{rows.place(i)}: no column '{field_name}' (columns: {', '.join(map(str, row)) or 'none'})")
-    return checked_text(row[field_name], f"{rows.place(i)}: column '{field_name}'")
-
-
-def checked_text(value: Any, place: str) -> str:
-    """A text that a tokenizer can take.
-
-    Raises:
-        UserError: not text, or with half a character in it.
-    """
-    if not isinstance(value, str):
-        raise UserError(f"{place} must be text, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place} holds half a character ({value[error.start]!a}): take it out of the file") from None
-    return value

@@ -1,74 +1,297 @@
-"""Where rows come from: local files, the hub, the built-in world. Every row knows how to name itself in an error."""
+"""Where rows come from: local files, the hub, the built-in world. A source can be read again and knows its content's hash."""
 
-import csv
-import gzip
+import functools
+import glob
 import hashlib
+import io
+import itertools
 import json
+import math
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
+
+from modern_llm.checkpoint import sha256_of_file
 from modern_llm.config import UserError
-from modern_llm.config.data import DatasetConfig, MoreDocuments
+from modern_llm.config.data import SourceConfig
+from modern_llm.data.readers import COMPRESSIONS, FORMATS, BadRows, Row, file_format, last_line, read_file
 from modern_llm.data.village import VILLAGE_NAME, village_rows
 from modern_llm.hub import hub
 
 Kind = Literal["text", "instructions", "preferences"]
-SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
+
+# how files of a folder call the splits that the hub calls train, test and validation
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one split, each a mapping from column to value."""
+class Source(Protocol):
+    """One split of one data set."""
 
-    rows: list[dict[str, Any]]
-    place: Callable[[int], str]
-    """Names row i for an error, as exactly as its source allows: file and line, or data set, split and row."""
+    def fingerprint(self) -> str:
+        """sha256 of the content; the same rows under another name or date have the same."""
+        ...
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        return iter(enumerate(self.rows))
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        """Every row in its own order."""
+        ...
 
 
-Source = DatasetConfig | MoreDocuments
-"""What names a source of rows."""
+def open_source(name: str, config: SourceConfig, kind: Kind, split: str | None = None) -> Source:
+    """The source of a name.
 
-
-def load_rows(source: Source, kind: Kind, split: str) -> Rows:
-    """All rows of a split, in their own order.
+    Args:
+        name: file, folder, glob, hub id, or `builtin:village`.
+        config: with nothing left to inherit.
+        kind: what the rows are for.
+        split: instead of the config's.
 
     Raises:
-        UserError: no such file or data set, an unreadable row (by file and line), or no row at all.
+        UserError: no such file, data set or split.
     """
-    name = source.dataset_name
+    split = split or config.split or "train"
     if name == VILLAGE_NAME:
-        try:
-            found = village_rows(kind, split)  # type: ignore[arg-type] - it names the splits that exist
-        except ValueError as error:
-            raise UserError(f"split={split!r}: {error}") from None
-        rows = Rows(found, lambda i: f"{name}[{split}] row {i}")
+        source: Source = _Village(kind, split)
     elif name.startswith("builtin:"):
         raise UserError(f"dataset_name={name!r}: the only built-in data set is {VILLAGE_NAME!r}")
     elif _looks_local(name):
-        rows = _local_rows(Path(name), source, split)
+        source = _local(name, config, split)
     else:
-        rows = _hub_rows(source, split)
-    if source.max_rows is not None:
-        rows = Rows(rows.rows[: source.max_rows], rows.place)
-    if not len(rows):
-        raise UserError(f"dataset_name={name!r}: split {split!r} has no rows")
-    return rows
+        source = _Table(_hub_table(name, config, split), f"{name}[{split}]")
+    return source if config.max_rows is None else _Part(source, 0, config.max_rows)
 
 
-def joined(parts: list[Rows]) -> Rows:
-    """Rows of several sources, one after the other."""
-    owners = [(part, i) for part in parts for i in range(len(part))]
-    return Rows([row for part in parts for row in part.rows], lambda i: owners[i][0].place(owners[i][1]))
+def _looks_local(name: str) -> bool:
+    path = Path(name)
+    return path.exists() or _is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~"))
+
+
+def _is_glob(name: str) -> bool:
+    return bool(set("*?[") & set(name))
+
+
+def _local(name: str, config: SourceConfig, split: str) -> Source:
+    path = Path(name).expanduser()
+    base, slices = _split_and_slices(split)
+    if path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        source: Source = _saved_table(path, base)
+    else:
+        source = _Files(_files_of(path, name, base), config.text_field or "text", config.document_separator)
+    if slices is None:
+        return source
+    total = sum(1 for _ in source.rows(BadRows(skip=True)))
+    return _Part(source, *_slice_bounds(split, base, total))
+
+
+def _split_and_slices(split: str) -> tuple[str, str | None]:
+    """`train[:5%]` as `train` and `[:5%]`."""
+    base, bracket, rest = split.partition("[")
+    return base, bracket + rest or None
+
+
+def _slice_bounds(split: str, base: str, total: int) -> tuple[int, int]:
+    """First row and row behind the last, by the rules of `datasets`, so that a local file and the hub agree."""
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({base: total})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"split={split!r}: {last_line(error)}") from None
+    if len(parts) != 1:
+        raise UserError(f"split={split!r}: one slice, such as {base}[:5%]")
+    return parts[0].from_, parts[0].to
+
+
+def _files_of(path: Path, name: str, split: str) -> list[Path]:
+    """The files of a split, in the order of their names.
+
+    Raises:
+        UserError: none, of several formats, or of no such split.
+    """
+    if path.is_file():
+        if split != "train":
+            raise UserError(
+                f"split={split!r}: {path} is one file and has the one split 'train'; use eval_fraction to hold rows out"
+            )
+        return [path]
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    elif _is_glob(name):
+        found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+    else:
+        raise UserError(f"dataset_name={str(path)!r}: no such file")
+    files = [file for file in found if file.is_file() and file_format(file) in FORMATS]
+    if not files:
+        endings = ", ".join(FORMATS)
+        raise UserError(
+            f"dataset_name={name!r}: no file there ends in {endings} (or one of them with {' or '.join(COMPRESSIONS)})"
+        )
+    by_split = {known: [file for file in files if _names_split(file, words)] for known, words in _SPLIT_WORDS.items()}
+    if any(by_split.values()):
+        wanted = next((known for known, words in _SPLIT_WORDS.items() if split in (known, *words)), split)
+        if not by_split.get(wanted):
+            raise UserError(f"split={split!r}: {name} has {sorted(known for known, its in by_split.items() if its)}")
+        files = by_split[wanted]
+    elif split != "train":
+        raise UserError(f"split={split!r}: no file name in {name} says a split, so it has the one split 'train'")
+    formats = sorted({file_format(file) for file in files})
+    if len(formats) > 1:
+        raise UserError(
+            f"dataset_name={name!r}: files of several formats ({', '.join(formats)}): give a glob, such as '*{formats[0]}'"
+        )
+    return files
+
+
+def _names_split(file: Path, words: tuple[str, ...]) -> bool:
+    return any(part in words for part in re.split(r"[^a-z]+", file.name.lower()))
+
+
+class _Files:
+    """Rows of local files, one file after the other."""
+
+    def __init__(self, files: list[Path], text_field: str, document_separator: str | None) -> None:
+        self.files, self.text_field, self.separator = files, text_field, document_separator
+
+    def fingerprint(self) -> str:
+        try:
+            hashes = [(file_format(file), sha256_of_file(file)) for file in self.files]
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        return _digest(hashes, self.text_field, self.separator)
+
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        return itertools.chain.from_iterable(read_file(file, bad, self.text_field, self.separator) for file in self.files)
+
+
+class _Village:
+    """The built-in world."""
+
+    def __init__(self, kind: Kind, split: str) -> None:
+        base, slices = _split_and_slices(split)
+        try:
+            self.found = village_rows(kind, base)  # type: ignore[arg-type] - it names the splits that exist
+        except ValueError as error:
+            raise UserError(f"split={split!r}: {error}") from None
+        if slices is not None:
+            first, behind = _slice_bounds(split, base, len(self.found))
+            self.found = self.found[first:behind]
+        self.split = split
+
+    def fingerprint(self) -> str:
+        return _digest(self.found)
+
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        return (Row(values, f"{VILLAGE_NAME}[{self.split}] row {i}") for i, values in enumerate(self.found))
+
+
+class _Table:
+    """An Arrow table of `datasets`: memory-mapped, from the hub or from a saved folder."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        self.table, self.name = table, name
+
+    def fingerprint(self) -> str:
+        import pyarrow
+
+        digest = hashlib.sha256()
+        with _Hashing(digest) as sink:
+            for batch in self.table.with_format("arrow").iter(batch_size=10_000):
+                with pyarrow.ipc.new_stream(sink, batch.schema.remove_metadata()) as writer:
+                    writer.write_table(batch.replace_schema_metadata(None).combine_chunks())
+        return digest.hexdigest()
+
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        return (Row(values, f"{self.name} row {i}") for i, values in enumerate(self.table))
+
+
+class _Hashing(io.RawIOBase):
+    """A file that only hashes what is written to it."""
+
+    def __init__(self, digest: Any) -> None:
+        self.digest = digest
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return len(data)
+
+
+class _Part:
+    """Some rows of a source."""
+
+    def __init__(self, source: Source, first: int, behind: int) -> None:
+        self.source, self.first, self.behind = source, first, behind
+
+    def fingerprint(self) -> str:
+        return _digest(self.source.fingerprint(), self.first, self.behind)
+
+    def rows(self, bad: BadRows) -> Iterator[Row]:
+        return itertools.islice(self.source.rows(bad), self.first, self.behind)
+
+
+def _saved_table(path: Path, split: str) -> _Table:
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"dataset_name={str(path)!r}: not a folder saved by datasets: {last_line(error)}") from None
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise UserError(f"split={split!r}: {path} has {sorted(map(str, saved))}")
+        saved = saved[split]
+    elif split != "train":
+        raise UserError(f"split={split!r}: {path} is one split without a name: use 'train', and eval_fraction to hold rows out")
+    assert isinstance(saved, Dataset)
+    return _Table(saved, f"{path}[{split}]")
+
+
+def _hub_table(name: str, config: SourceConfig, split: str, streaming: bool = False) -> Any:
+    from datasets import load_dataset
+
+    try:
+        with hub():
+            return load_dataset(name, config.dataset_config_name, split=split, streaming=streaming)
+    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and FileNotFoundError are OSErrors
+        raise UserError(
+            f"dataset_name={name!r}: no such file, and the hub did not give a data set of that name and split {split!r} "
+            f"({type(error).__name__}: {last_line(error)}): check the spelling, or the network"
+        ) from None
+
+
+def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows) -> Iterator[Row]:
+    """The rows of a source, without ever storing or hashing it; hub data sets are streamed."""
+    if name.startswith("builtin:") or _looks_local(name):
+        return iter(open_source(name, config, kind).rows(bad))
+    split = config.split or "train"
+    table = _hub_table(name, config, split, streaming=True)
+    rows = (Row(values, f"{name}[{split}] row {i}") for i, values in enumerate(table))
+    return itertools.islice(rows, config.max_rows)
+
+
+def _digest(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+@functools.cache
+def preparation_version() -> str:
+    """sha256 of the code that turns rows into tokens, and the versions of the libraries it calls: part of every cache key."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    for library in ("tokenizers", "transformers", "jinja2"):
+        digest.update(f"{library} {version(library)};".encode())
+    return digest.hexdigest()
 
 
 def prompt_hash(text: str) -> int:
@@ -81,153 +304,6 @@ def is_held_out(key: int, fraction: float) -> bool:
     return key < fraction * 2**64
 
 
-def _suffix(path: Path) -> str:
-    """The suffix that says what is in the file, `.gz` taken off."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def _looks_local(name: str) -> bool:
-    path = Path(name)
-    return path.exists() or _suffix(path) in SUFFIXES or name.startswith(("/", "./", "../", "~"))
-
-
-def _local_rows(path: Path, source: Source, split: str) -> Rows:
-    path = path.expanduser()
-    if not path.exists():
-        raise UserError(f"dataset_name={str(path)!r}: no such file")
-    if path.is_dir():
-        return _saved_dataset(path, split)
-    if split != "train":
-        raise UserError(
-            f"split={split!r}: {path} is one file and has the one split 'train'; use eval_fraction to hold rows out"
-        )
-    suffix = _suffix(path)
-    if suffix not in SUFFIXES:
-        raise UserError(f"dataset_name={str(path)!r}: the file must end in {', '.join(SUFFIXES)}")
-    if suffix == ".parquet":
-        return _parquet_rows(path)
-    try:
-        with _open(path, newline="" if suffix == ".csv" else None) as file:
-            if suffix == ".jsonl":
-                return _json_lines(path, file)
-            if suffix == ".csv":
-                return _csv_rows(path, file)
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return _json_array(path, text) if suffix == ".json" else _documents(path, text, source)
-
-
-def _open(path: Path, newline: str | None) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline=newline)
-    return path.open(encoding="utf-8", newline=newline)
-
-
-def _json_lines(path: Path, file: IO[str]) -> Rows:
-    rows, lines = [], []
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: must be an object, not {type(row).__name__}")
-        rows.append(row)
-        lines.append(number)
-    return Rows(rows, lambda i: f"{path}, line {lines[i]}")
-
-
-def _json_array(path: Path, text: str) -> Rows:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: must hold a list of objects")
-    return Rows(rows, lambda i: f"{path}, row {i}")
-
-
-def _documents(path: Path, text: str, source: Source) -> Rows:
-    """A text file as documents, split at lines equal to the separator."""
-    separator: str | None = getattr(source, "document_separator", None)
-    field: str = getattr(source, "text_field", "text")
-    documents, lines, start = [], [], 0
-    split_lines = re.split("(?<=\n)", text)  # `splitlines` would end lines at form feeds and U+2028 too
-    for number, line in enumerate([*split_lines, None]):
-        if line is None or (separator is not None and line.strip() == separator):
-            document = "".join(split_lines[start:number]).strip()
-            if document:
-                documents.append({field: document})
-                lines.append(start + 1)
-            start = number + 1
-    return Rows(documents, lambda i: f"{path}, line {lines[i]}")
-
-
-def _csv_rows(path: Path, file: IO[str]) -> Rows:
-    """Every cell is text, whatever it looks like: `NA` and `7` are answers."""
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(file, strict=True)
-    rows, lines, line = [], [], 1
-    try:
-        columns = next(reader, [])
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells and len(cells) != len(columns):
-                raise UserError(f"{path}, line {line}: {len(cells)} cells under the {len(columns)} columns of the first line")
-            if cells:
-                rows.append(dict(zip(columns, cells, strict=True)))
-                lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line}: not CSV: {error}") from None
-    return Rows(rows, lambda i: f"{path}, line {lines[i]}")
-
-
-def _parquet_rows(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as .parquet: {_last_line(error)}") from None
-    return Rows(rows, lambda i: f"{path}, row {i}")
-
-
-def _saved_dataset(path: Path, split: str) -> Rows:
-    from datasets import Dataset, DatasetDict, load_from_disk
-
-    try:
-        saved = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"dataset_name={str(path)!r}: not a folder saved by datasets: {_last_line(error)}") from None
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise UserError(f"split={split!r}: {path} has {sorted(map(str, saved))}")
-        saved = saved[split]
-    elif split != "train":
-        raise UserError(f"split={split!r}: {path} is one split without a name: use 'train', and eval_fraction to hold rows out")
-    assert isinstance(saved, Dataset)
-    return Rows(list(saved), lambda i: f"{path}[{split}] row {i}")  # type: ignore[arg-type]
-
-
-def _hub_rows(source: Source, split: str) -> Rows:
-    from datasets import load_dataset
-
-    name = source.dataset_name
-    try:
-        with hub():
-            found = load_dataset(name, source.dataset_config_name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and FileNotFoundError are OSErrors
-        raise UserError(
-            f"dataset_name={name!r}: no such file, and the hub did not give a data set of that name and split {split!r} "
-            f"({type(error).__name__}: {_last_line(error)}): check the spelling, or the network"
-        ) from None
-    return Rows(list(found), lambda i: f"{name}[{split}] row {i}")  # type: ignore[arg-type]
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+def are_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """`is_held_out` of many: (n,) bool."""
+    return keys < np.uint64(math.ceil(fraction * 2**64))

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modern_llm.checkpoint import read_manifest
+from modern_llm.checkpoint import atomic_folder, read_manifest
 from modern_llm.config import UserError
 from modern_llm.hub import hub
 
@@ -96,6 +97,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = DEFAULT_VOCAB_SIZE) 
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """Write a tokenizer so that `AutoTokenizer` loads it; a folder that is there with something in it is refused.
+
+    Raises:
+        UserError: the folder is not empty, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output_dir={str(folder)!r} is there and not empty: give another folder")
+    with atomic_folder(folder) as scratch:
+        tokenizer.save_pretrained(scratch)
+    return folder
+
+
 def checkpoint_tokenizer(checkpoint: Path | str, tokenizer_name: str | None, field: str) -> tuple[PreTrainedTokenizerFast, str]:
     """The tokenizer of a starting checkpoint, and the name to record for it.
 
@@ -132,6 +146,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """`tokenizer_fingerprint` with the chat template: what decides the ids of a chat."""
+    whole = f"{tokenizer_fingerprint(tokenizer)} {tokenizer.chat_template} {sorted(tokenizer.special_tokens_map.items())}"
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
 class TextEncoder:
     """Two encoders of one tokenizer: `text` recognises no added token, `control` recognises all of them.
 
@@ -151,6 +171,8 @@ class TextEncoder:
         content["model"] = _without_words(content["model"], control.keys())
         self._plain = Tokenizer.from_str(json.dumps(content))
         self.control_ids = frozenset(control.values())
+        self.control_texts = tuple(control)
+        self.vocab_size = max(len(tokenizer), *(i + 1 for i in control.values()), 1)
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
         self.document_end = end
@@ -163,9 +185,12 @@ class TextEncoder:
         """Ids of words that are only text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def texts(self, texts: list[str]) -> list[list[int]]:
-        """`text` of many, in parallel."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+    def texts(self, texts: list[str]) -> list[np.ndarray]:
+        """`text` of many, in parallel, each (tokens,) int32."""
+        return [
+            np.array(encoding.ids, dtype=np.int32)
+            for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def control(self, text: str) -> list[int]:
         """Ids of a piece of a chat template."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from modern_llm.data.chat import ChatEncoder, Message
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.messages import Message
 from modern_llm.data.tokenizer import decode_text
 
 

@@ -8,7 +8,8 @@ import torch
 from modern_llm.config import DPOConfig
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.loader import micro_batches
-from modern_llm.data.preference_datasets import Pair, encode_pair
+from modern_llm.data.messages import Pair
+from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example
 from modern_llm.models.policy import Policy
 from modern_llm.objectives import answer_logprobs
@@ -32,7 +33,7 @@ def preference_wins(
 
     Both are measured against the reference, so the reference itself scores ½ everywhere.
     """
-    examples = [Example(encode_pair(pair, dpo, encoder)[0], row=i) for i, pair in enumerate(pairs)]
+    examples = [Example(encode_pair(pair, dpo, encoder), row=i) for i, pair in enumerate(pairs)]
     wins: list[float] = []
     for batch in micro_batches(examples, batch_size):
         row = batch.row.to(policy.device)

@@ -7,10 +7,11 @@ from transformers import PreTrainedModel
 
 from modern_llm import distributed
 from modern_llm.config import DPOConfig, PipelineConfig
-from modern_llm.data.chat import ChatEncoder, Message
+from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import held_out_rows
 from modern_llm.data.lm_datasets import held_out_blocks
-from modern_llm.data.preference_datasets import Pair, held_out_pairs
+from modern_llm.data.messages import Message, Pair
+from modern_llm.data.preference_datasets import held_out_pairs
 from modern_llm.data.prepared import Example
 from modern_llm.data.tokenizer import load_tokenizer
 from modern_llm.data.village import VILLAGE_NAME, judge
@@ -39,7 +40,8 @@ def held_out(config: PipelineConfig, checkpoint: Path) -> HeldOut:
     questions: list[dict] = []
     if config.pretrain is not None:
         max_length = config.pretrain.data.max_length or config.pretrain.model.max_seq_len
-        blocks = held_out_blocks(config.pretrain.data, encoder.encoder, max_length)[: limits.max_blocks]
+        every = held_out_blocks(config.pretrain.data, encoder.encoder, max_length)
+        blocks = [every[i] for i in range(min(len(every), limits.max_blocks))]
     if config.sft is not None and config.sft.data.dataset_name == VILLAGE_NAME:
         questions = held_out_rows(config.sft.data)[: limits.max_questions]
     if config.dpo is not None:

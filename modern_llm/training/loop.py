@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -78,10 +78,9 @@ class Loop:
         config = self.config
         assert config.max_steps is not None
         assert config.batch_size is not None
-        assert config.micro_batch_size is not None
         batches = steps(
             self.data.train, config.batch_size, config.micro_batch_size, config.seed, self.position,
-            distributed.rank(), distributed.world_size(),
+            distributed.rank(), distributed.world_size(), config.micro_batch_tokens,
         )  # fmt: skip
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -174,12 +173,13 @@ class Loop:
         if self.objective.accuracy != "accuracy":
             means[self.objective.accuracy] = head["accuracy"]
         values = {**head, **means, "tokens_per_second": self.timer.rate() * distributed.world_size()}
-        epoch = self.position.epoch + self.position.index / len(self.data.train)
+        size = self.data.train.epoch_size
+        where = {"window": self.position.epoch} if size is None else {"epoch": self.position.epoch + self.position.index / size}
         shown = ("loss", "accuracy", "lr", "rewards/margins", "grad_norm", "tokens_per_second")
-        self.log.log(self.step, {**values, "epoch": epoch}, shown)
+        self.log.log(self.step, {**values, **where}, shown)
 
     @torch.no_grad()
-    def evaluate(self, examples: list[Example]) -> dict[str, float]:
+    def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         """Loss and metrics over examples: each sum divided by its count at the end, whatever the batch size."""
         assert self.config.micro_batch_size is not None
         self.policy.eval()
@@ -187,7 +187,7 @@ class Loop:
         sums = dict.fromkeys(self.objective.units, 0.0)
         counts = {"tokens": 0, "examples": 0}
         units: dict[str, str] = {}
-        for batch in micro_batches(examples, self.config.micro_batch_size):
+        for batch in micro_batches(examples, self.config.micro_batch_size, self.config.micro_batch_tokens):
             with autocast(self.precision, self.policy.device):
                 outcome = self.objective(self.policy, batch.row.to(self.policy.device))
             for unit in counts:

@@ -125,7 +125,9 @@ def train_stage(
     Raises:
         UserError: the output folder holds a run with other inputs; the difference is named.
     """
-    config = resolve(config, stage, distributed.world_size(), rows_per_epoch=len(data.train))
+    config = resolve(config, stage, distributed.world_size(), rows_per_epoch=data.train.epoch_size)
+    if config.max_steps is None:
+        raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
     device = distributed.device()
     precision, why = choose_precision(config.mixed_precision, device)
     reference: Policy | None = getattr(objective, "reference", None)
@@ -176,7 +178,7 @@ def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
     """Refuse samples with more positions than a learned table has; computed positions (RoPE) have no end."""
     limit = getattr(model.config, "max_position_embeddings", None)
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    longest = max(len(s) for example in (*data.train, *data.evaluation) for s in example.segments)
+    longest = data.longest
     if limit is not None and longest > limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables):
         raise UserError(
             f"max_length: a sample has {longest} tokens, but the model has learned positions for {limit}: set it to that"
@@ -202,10 +204,13 @@ def _describe(
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.message(f"{type(model).__name__} {parameters / 1e6:.2f}M parameters on {where}")
     log.message("data " + " ".join(f"{name}={count}" for name, count in data.report.items() if count))
-    log.message(
-        f"{config.max_steps} steps of {config.batch_size} = {config.micro_batch_size} × "
-        f"{config.gradient_accumulation_steps} × {distributed.world_size()} (micro-batch × accumulation × ranks)"
-    )
+    if config.micro_batch_tokens is not None:
+        log.message(f"{config.max_steps} steps of {config.batch_size}, in micro-batches of {config.micro_batch_tokens} tokens")
+    else:
+        log.message(
+            f"{config.max_steps} steps of {config.batch_size} = {config.micro_batch_size} × "
+            f"{config.gradient_accumulation_steps} × {distributed.world_size()} (micro-batch × accumulation × ranks)"
+        )
     if resumed is not None:
         log.message(f"resuming from {resumed}")
 

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
-from modern_llm.data.chat import ChatEncoder, ChatPart, Message
+from modern_llm.data.chat import ChatEncoder, ChatPart
+from modern_llm.data.messages import Message, RowError
 from modern_llm.data.tokenizer import CHATML, load_tokenizer, with_chat_template
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -259,7 +260,7 @@ def test_a_template_that_cannot_be_followed_is_refused(tokenizer, template, why)
 
 
 def test_a_template_without_system_turns_refuses_them_by_their_roles(encoders) -> None:
-    with pytest.raises(UserError, match=r"refuses a chat of system, user, assistant: no system turns"):
+    with pytest.raises(RowError, match=r"refuses a chat of system, user, assistant: no system turns"):
         encoders["brackets"].chat([{"role": "system", "content": "Be brief."}, *CHAT[:2]])
 
 

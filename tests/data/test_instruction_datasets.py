@@ -52,7 +52,7 @@ def chat(*words: str) -> list[dict[str, str]]:
         ({"instruction": "Who bakes?", "input": None, "response": "Anna.", "id": 3}, {}),
         ({"question": "Who bakes?", "answer": "Anna."}, {}),
         ({"title": "Who bakes?", "body": "Anna."}, {"prompt_field": "title", "response_field": "body"}),
-        ({"messages": [], "title": "Who bakes?", "response": "Anna."}, {"prompt_field": "title"}),
+        ({"messages": [], "title": "Who bakes?", "response": "Anna."}, {"prompt_field": "title", "response_field": "response"}),
     ],
 )
 def test_every_layout_becomes_the_same_chat(folder, encoder, row, fields) -> None:
@@ -85,14 +85,14 @@ def test_a_cut_sample_learns_no_false_end_and_is_counted(folder, encoder) -> Non
     (whole,) = prepared(folder, encoder, [row]).train
     length = len(whole.segments[0])
     fitting = prepared(folder, encoder, [row], max_length=length)
-    assert fitting.report["cut"] == 0
+    assert "cut_end" not in fitting.report
     assert fitting.fingerprint() == prepared(folder, encoder, [row]).fingerprint()
     for max_length in (length - 1, length - 5):
         data = prepared(folder, encoder, [row], max_length=max_length)
         (cut,) = data.train
         assert cut.segments[0].ids.tolist() == whole.segments[0].ids[:max_length].tolist()
         assert encoder.end_token_id not in cut.segments[0].ids[cut.segments[0].scored]
-        assert data.report["cut"] == 1
+        assert data.report["cut_end"] == 1
 
 
 def test_rows_without_an_answer_to_learn_from_are_dropped_and_counted_by_reason(folder, encoder) -> None:
@@ -106,7 +106,8 @@ def test_rows_without_an_answer_to_learn_from_are_dropped_and_counted_by_reason(
     data = prepared(folder, encoder, rows, max_length=32)
     assert [example.row for example in data.train] == [4]
     assert data.report["rows_read"] == 5
-    assert data.report["dropped_because_no_answer"] == 3
+    assert data.report["dropped_because_no_answer"] == 2
+    assert data.report["dropped_because_no_question"] == 1
     assert data.report["dropped_because_prompt_fills_max_length"] == 1
     assert data.report["examples"] == 1
 
@@ -116,7 +117,7 @@ def test_a_dropped_row_is_not_counted_as_cut(folder, encoder) -> None:
     rows = [{"messages": chat("Who bakes all the bread of this village? " * 3, "Anna.")}, {"messages": chat("Who?", "Anna.")}]
     data = prepared(folder, encoder, rows, max_length=32)
     assert data.report["dropped_because_prompt_fills_max_length"] == 1
-    assert data.report["cut"] == 0
+    assert "cut_end" not in data.report
 
 
 def test_nothing_left_to_train_on_is_refused_with_the_counts(folder, encoder) -> None:
@@ -195,7 +196,7 @@ def test_real_instructions_with_inputs_go_through(shared_data, encoder) -> None:
     path = shared_data / "instruction/gpteacher/roleplay-simple-deduped-roleplay-instruct.json.gz"
     data = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path), max_length=4096), encoder)
     assert data.report["rows_read"] == data.report["examples"] == 1923
-    assert data.report["cut"] == 0
+    assert "cut_end" not in data.report
     ends = [example.segments[0].ids[example.segments[0].scored].tolist().count(encoder.end_token_id) for example in data.train]
     assert set(ends) == {1}
 

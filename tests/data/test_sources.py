@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from modern_llm.config import (
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
 from modern_llm.data.preference_datasets import prepare_preferences
-from modern_llm.data.sources import Rows, is_held_out, load_rows, prompt_hash
+from modern_llm.data.readers import BadRows
+from modern_llm.data.sources import is_held_out, open_source, prompt_hash
 
 ROWS = [{"text": "Eins, zwei", "note": "a"}, {"text": 'drei "vier"\nfünf', "note": "b"}, {"text": " sechs", "note": "c"}]
 
@@ -34,8 +36,17 @@ def _tables_are_cached_here(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def load(path: Path | str, split: str = "train", **fields: Any) -> Rows:
-    return load_rows(LanguageModelingDatasetConfig(dataset_name=str(path), **fields), "text", split)
+@dataclass
+class Loaded:
+    rows: list[dict[str, Any]]
+    places: list[str]
+
+
+def load(path: Path | str, split: str = "train", **fields: Any) -> Loaded:
+    config = LanguageModelingDatasetConfig(dataset_name=str(path), split=split, **fields)
+    ((name, source),) = config.sources().items()
+    found = list(open_source(name, source, "text").rows(BadRows(skip=False)))
+    return Loaded([row.values for row in found], [row.place for row in found])
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -107,7 +118,7 @@ def test_a_text_file_is_one_document_or_is_split_at_the_separator(tmp_path) -> N
     assert [row["text"] for row in load(path).rows] == [path.read_text().strip()]
     rows = load(path, document_separator="---")
     assert [row["text"] for row in rows.rows] == ["One.\n\nStill one.", "Two.", "Three."]
-    assert [rows.place(i) for i in range(3)] == [f"{path}, line 1", f"{path}, line 5", f"{path}, line 11"]
+    assert rows.places == [f"{path}, line 1", f"{path}, line 5", f"{path}, line 11"]
 
 
 def test_a_text_file_fills_the_column_that_the_config_names(tmp_path) -> None:
@@ -121,7 +132,7 @@ def test_line_separators_of_unicode_end_no_line(tmp_path, suffix) -> None:
     content = text if suffix == "txt" else json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "x"}\n'
     rows = load(write(tmp_path / f"a.{suffix}", content + ("\n---\nx" if suffix == "txt" else "")), document_separator="---")
     assert [row["text"] for row in rows.rows] == [text, "x"]
-    assert rows.place(1).endswith("line 3" if suffix == "txt" else "line 2")
+    assert rows.places[1].endswith("line 3" if suffix == "txt" else "line 2")
 
 
 def test_folders_saved_by_datasets_give_their_splits(tmp_path) -> None:
@@ -129,7 +140,7 @@ def test_folders_saved_by_datasets_give_their_splits(tmp_path) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "two")
     assert load(tmp_path / "two").rows == ROWS[:2]
     assert load(tmp_path / "two", "test").rows == ROWS[2:]
-    assert load(tmp_path / "two", "test").place(0) == f"{tmp_path / 'two'}[test] row 0"
+    assert load(tmp_path / "two", "test").places[0] == f"{tmp_path / 'two'}[test] row 0"
     assert "has ['test', 'train']" in refusal(lambda: load(tmp_path / "two", "dev"))
 
 
@@ -159,7 +170,7 @@ def test_max_rows_takes_the_first(tmp_path) -> None:
 def test_a_row_names_itself(tmp_path, name, content, place) -> None:
     path = write(tmp_path / name, content)
     places = place if isinstance(place, tuple) else (place,)
-    assert load(path).place(1) in [f"{path}, {place}" for place in places]
+    assert load(path).places[1] in [f"{path}, {place}" for place in places]
 
 
 # Bad files
@@ -172,29 +183,31 @@ GZ = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(60)), m
     [
         ("a.jsonl", '{"text": "a"}\n' * 6 + '{"text": \n', ["line 7", "not JSON"]),
         ("a.jsonl", '{"text": "a"}\n[1]\n', ["line 2", "must be an object, not list"]),
-        ("a.jsonl", b'{"text": "\xff"}\n', ["cannot be read"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["line 2", "not UTF-8", "0xff"]),
         ("a.jsonl", "", ["no rows"]),
         ("a.jsonl", "\n \n", ["no rows"]),
-        ("a.json", '{"text": "a"}', ["must hold a list of objects"]),
-        ("a.json", '[{"text": "a"}, 3]', ["must hold a list of objects"]),
+        ("a.json", '"text"', ["must hold a list of objects"]),
+        ("a.json", '[{"text": "a"}, 3]', ["row 1", "must be an object, not int"]),
+        ("a.json", '{"text": "a"}\n{"text":\n', ["line 2", "not JSON"]),
         ("a.json", '[{"text": "a"},\n', ["not JSON", "line 2"]),
-        ("a.json", "", ["not JSON"]),
+        ("a.json", "", ["no rows"]),
         ("a.json", "[]", ["no rows"]),
         ("a.txt", "", ["no rows"]),
-        ("a.txt", b"\xff\xfe\x00", ["cannot be read"]),
+        ("a.txt", b"\xff\xfe\x00", ["line 1", "not UTF-8"]),
         ("a.csv", "", ["a.csv"]),
         ("a.csv", "text\n", ["a.csv"]),
-        ("a.csv", "text,b\na,b\na,b,c\n", ["line 3"]),
+        ("a.csv", "text,b\na,b\na,b,c\n", ["line 3", "3 cells under the 2 columns"]),
+        ("a.csv", b"text,b\na,b\na,\xff\n", ["line 3", "not UTF-8"]),
         ("a.parquet", "PAR1", ["cannot be read as .parquet"]),
-        ("a.xml", "<a/>", ["must end in .jsonl, .json, .txt, .csv, .parquet"]),
+        ("a.xml", "<a/>", ["must end in .jsonl, .json, .csv, .parquet, .txt"]),
         ("a.jsonl.gz", '{"text": "a"}', ["cannot be read", "Not a gzipped file"]),
         ("a.jsonl.gz", GZ[:-20], ["cannot be read"]),
     ],
     ids=lambda value: None if isinstance(value, list) else repr(value)[:30],
 )
-def test_a_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path, name, content, expected) -> None:
+def test_a_file_that_cannot_be_read_is_one_line_with_its_name(tmp_path, encoder, name, content, expected) -> None:
     path = write(tmp_path / name, content)
-    message = refusal(lambda: load(path))
+    message = refusal(lambda: prepare("text", path, encoder))
     assert str(path) in message
     for words in expected:
         assert words in message
@@ -235,7 +248,7 @@ BAD_ROWS = [
     ("text", [{"text": 7}], ["line 1", "'text' must be text, not int"]),
     ("text", [{"text": None}], ["line 1", "'text' must be text, not NoneType"]),
     ("instructions", [{"prompt": "a", "completion": "b"}, {"question": "a"}], ["line 2", "question", "answer"]),
-    ("instructions", [{"prompt": "a", "completion": ["b"]}], ["line 1", "'completion' must be text, not list"]),
+    ("instructions", [{"prompt": "a", "completion": ["b"]}], ["line 1", "'completion' message 0 must have", "not be str"]),
     ("instructions", [{"instruction": "a", "input": 5, "output": "b"}], ["line 1", "'input' must be text, not int"]),
     ("instructions", [{"messages": None}], ["line 1", "'messages'"]),
     ("instructions", [{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}], ["message 1"]),
@@ -246,7 +259,7 @@ BAD_ROWS = [
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": 3}], ["line 1", "'rejected' must be text", "int"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": None}], ["line 1", "'rejected' must be text", "NoneType"]),
     ("preferences", [{"prompt": "a", "chosen": [], "rejected": "b"}], ["line 1", "'chosen'", "empty"]),
-    ("preferences", [{"prompt": "a", "chosen": {"role": "assistant"}, "rejected": "b"}], ["'chosen' must be text", "dict"]),
+    ("preferences", [{"prompt": "a", "chosen": {"role": "assistant"}, "rejected": "b"}], ["'chosen': 'content' must be text", "NoneType"]),
     ("preferences", [{"prompt": 4, "chosen": "a", "rejected": "b"}], ["line 1", "'prompt' must be text, not int"]),
     ("preferences", [{"chosen": "a", "rejected": "b"}], ["line 1", "no prompt", "set prompt_field"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": [{"role": "x", "content": "c"}]}], ["'rejected' message 0"]),
@@ -317,7 +330,7 @@ def test_who_is_held_out_is_the_same_on_every_machine() -> None:
 NO_SUCH = "no-such-organisation/no-such-thing"
 ASK = """
 from modern_llm.config import LanguageModelingDatasetConfig, UserError
-from modern_llm.data.sources import load_rows
+from modern_llm.data.sources import open_source
 
 def refused(ask):
     try:
@@ -325,7 +338,8 @@ def refused(ask):
     except UserError as error:
         print("refused:", error)
 
-refused(lambda: load_rows(LanguageModelingDatasetConfig(dataset_name=NAME), "text", "train"))
+(source,) = LanguageModelingDatasetConfig(dataset_name=NAME).sources().values()
+refused(lambda: open_source(NAME, source, "text"))
 """
 ASK_FOR_ALL = """
 from modern_llm.data.tokenizer import load_tokenizer
