@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow check format docs clean
+.PHONY: quickstart test test-slow bench-data check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ test: .venv/.installed-dev  ## every test but the slow ones
 
 test-slow: .venv/.installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
+	$(BIN)/python experiments/benchmarks/data/run.py
 
 check: .venv/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

@@ -109,8 +109,9 @@ class Mixture(Sequence[Example]):
         return sum(len(part) for part in self.parts)
 
     def __getitem__(self, i: int) -> Example:  # type: ignore[override] - no slices
+        i += len(self) if i < 0 else 0
         for part in self.parts:
-            if i < len(part):
+            if 0 <= i < len(part):
                 return part[int(i)]
             i -= len(part)
         raise IndexError(i)
@@ -130,10 +131,11 @@ class Mixture(Sequence[Example]):
         return max((part.longest for part in self.parts), default=0)
 
     def _passes(self) -> Iterator[tuple[int, int]]:
-        """Of each part: whole passes, and the examples of the pass that is cut short."""
+        """Of each part: whole passes, and the examples of the pass that is cut short. No part is left out altogether."""
         for part, weight in zip(self.parts, self.weights, strict=True):
             whole = int(weight)
-            yield whole, round((weight - whole) * len(part))
+            more = round((weight - whole) * len(part))
+            yield whole, more if whole else max(more, min(1, len(part)))
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """(epoch_size,) int64: what an epoch draws, in order; a pure function of its arguments.
@@ -235,7 +237,7 @@ def prepare_sources(
     Raises:
         UserError: a source is not there, or a row cannot be read.
     """
-    found = []
+    stores = []
     for name, source in config.sources().items():
 
         def store_of(split: str | None, name: str = name, source: Any = source) -> Store:
@@ -268,14 +270,17 @@ def prepare_sources(
         train = store_of(None)
         for count, value in train.report.items():
             report[count] = report.get(count, 0) + value
+        stores.append((source.weight, train, train if config.eval_split is None else store_of(config.eval_split)))
+    found = []
+    held_out = np.concatenate([evaluation.keys for _, _, evaluation in stores])  # also what another source holds out
+    for weight, train, evaluation in stores:
         if config.eval_split is None:
             out = are_held_out(train.keys, config.eval_fraction)
-            found.append(PreparedSource(source.weight, train, np.flatnonzero(~out), train, np.flatnonzero(out)))
+            found.append(PreparedSource(weight, train, np.flatnonzero(~out), train, np.flatnonzero(out)))
         else:
-            evaluation = store_of(config.eval_split)
-            used = np.flatnonzero(~np.isin(train.keys, evaluation.keys))
+            used = np.flatnonzero(~np.isin(train.keys, held_out))
             report["dropped_because_held_out_too"] = report.get("dropped_because_held_out_too", 0) + len(train) - len(used)
-            found.append(PreparedSource(source.weight, train, used, evaluation, np.arange(len(evaluation))))
+            found.append(PreparedSource(weight, train, used, evaluation, np.arange(len(evaluation))))
     return found
 
 

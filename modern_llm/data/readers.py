@@ -143,13 +143,15 @@ def _json_file(path: Path, file: BinaryIO, bad: BadRows) -> Iterator[Row]:
     if raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
         yield from _json_lines(path, io.BytesIO(raw), bad)
         return
-    text = _decoded(raw, str(path), bad)
+    text = (_decoded(raw, str(path), bad) or "").lstrip("\ufeff")
     try:
-        found = [] if text is None else json.loads(text.lstrip("\ufeff")) if text.strip() else []
+        found = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         return bad(f"{path}, line {error.lineno}: not JSON: {error}")
     except RecursionError:
         return bad(f"{path}: not JSON: nested too deeply")
+    except ValueError as error:  # a number of thousands of digits
+        return bad(f"{path}: not JSON: {error}")
     if not isinstance(found, list):
         return bad(f"{path}: must hold a list of objects, not {type(found).__name__}")
     for number, values in enumerate(found):
@@ -163,21 +165,27 @@ def _csv_rows(path: Path, file: BinaryIO, bad: BadRows) -> Iterator[Row]:
     """Every cell is text, whatever it looks like: `NA` and `7` are answers."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""), strict=True)
-    line = 1
-    try:
-        columns = next(reader, [])
-        line = reader.line_num + 1
-        for cells in reader:
-            place = f"{path}, line {line}"
-            if any(re.search("[\udc80-\udcff]", cell) for cell in cells):
-                bad(f"{place}: not UTF-8")
-            elif cells and len(cells) != len(columns):
-                bad(f"{place}: {len(cells)} cells under the {len(columns)} columns of the first line")
-            elif cells:
-                yield Row(dict(zip(columns, cells, strict=True)), place)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        bad(f"{path}, line {line}: not CSV: {error}")
+    columns: list[str] | None = None
+    while True:
+        place = f"{path}, line {reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on behind the line
+            cells, problem = [], f"not CSV: {error}"
+        else:
+            problem = "not UTF-8" if any(re.search("[\udc80-\udcff]", cell) for cell in cells) else None
+        if problem is None and columns and cells and len(cells) != len(columns):
+            problem = f"{len(cells)} cells under the {len(columns)} columns of the first line"
+        if problem is not None:
+            bad(f"{place}: {problem}")
+            if columns is None:  # nobody knows what the rows are called
+                return
+        elif columns is None:
+            columns = cells or None
+        elif cells:
+            yield Row(dict(zip(columns, cells, strict=True)), place)
 
 
 def _documents(path: Path, file: BinaryIO, bad: BadRows, field: str, separator: str | None) -> Iterator[Row]:

@@ -132,7 +132,8 @@ def _files_of(path: Path, name: str, split: str) -> list[Path]:
         raise UserError(
             f"dataset_name={name!r}: no file there ends in {endings} (or one of them with {' or '.join(COMPRESSIONS)})"
         )
-    by_split = {known: [file for file in files if _names_split(file, words)] for known, words in _SPLIT_WORDS.items()}
+    named = {file: str(file.relative_to(path)) if path.is_dir() else file.name for file in files}
+    by_split = {known: [file for file in files if _names_split(named[file], words)] for known, words in _SPLIT_WORDS.items()}
     if any(by_split.values()):
         wanted = next((known for known, words in _SPLIT_WORDS.items() if split in (known, *words)), split)
         if not by_split.get(wanted):
@@ -148,8 +149,8 @@ def _files_of(path: Path, name: str, split: str) -> list[Path]:
     return files
 
 
-def _names_split(file: Path, words: tuple[str, ...]) -> bool:
-    return any(part in words for part in re.split(r"[^a-z]+", file.name.lower()))
+def _names_split(name: str, words: tuple[str, ...]) -> bool:
+    return any(part in words for part in re.split(r"[^a-z]+", name.lower()))
 
 
 class _Files:

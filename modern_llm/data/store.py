@@ -12,6 +12,7 @@ import shutil
 import socket
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def stored(key: dict[str, Any], build: Callable[[Path], None]) -> Store:
         try:
             return Store(folder)
         except (OSError, ValueError, KeyError, TypeError):  # damaged since
-            folder.rename(folder.with_name(litter_name))
+            with suppress(FileNotFoundError):  # another run saw it too and was first
+                folder.rename(folder.with_name(litter_name))
             shutil.rmtree(folder.with_name(litter_name), ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_litter(folder.parent)

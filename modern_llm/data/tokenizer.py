@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from modern_llm.checkpoint import atomic_folder, read_manifest
 from modern_llm.config import UserError
+from modern_llm.data.word_cache import WordCache
 from modern_llm.hub import hub
 
 TURN_START, TURN_END, DOCUMENT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -170,6 +171,7 @@ class TextEncoder:
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
         content["model"] = _without_words(content["model"], control.keys())
         self._plain = Tokenizer.from_str(json.dumps(content))
+        self._words = WordCache(self._plain)
         self.control_ids = frozenset(control.values())
         self.control_texts = tuple(control)
         self.vocab_size = max(len(tokenizer), *(i + 1 for i in control.values()), 1)
@@ -186,11 +188,8 @@ class TextEncoder:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def texts(self, texts: list[str]) -> list[np.ndarray]:
-        """`text` of many, in parallel, each (tokens,) int32."""
-        return [
-            np.array(encoding.ids, dtype=np.int32)
-            for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        """`text` of many, each (tokens,) int32."""
+        return self._words.encode(texts)
 
     def control(self, text: str) -> list[int]:
         """Ids of a piece of a chat template."""

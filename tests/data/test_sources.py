@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+from helpers import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -156,6 +157,158 @@ def test_max_rows_takes_the_first(tmp_path) -> None:
     assert load(path, max_rows=9).rows == ROWS
 
 
+# Folders and patterns
+
+
+def texts(name: Path | str, split: str = "train", **fields: Any) -> list[str]:
+    return [row["text"] for row in load(name, split, **fields).rows]
+
+
+def files(folder: Path, *names: str) -> None:
+    """Each with one row that says its name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / name, [{"text": name}])
+
+
+def test_a_folder_is_read_with_all_below_it_and_without_what_is_hidden(tmp_path) -> None:
+    files(tmp_path, "b.jsonl", "a.jsonl", "c/d.jsonl", ".hidden.jsonl", ".git/e.jsonl", "README.md", "c/.cache/f.jsonl")
+    assert texts(tmp_path) == ["a.jsonl", "b.jsonl", "c/d.jsonl"]
+
+
+SPLITS = {
+    "file names": ["train-00001.jsonl", "train-00000.jsonl", "my_test.jsonl", "a/validation.jsonl", "extra.jsonl"],
+    "folder names": ["train/b.jsonl", "train/a.jsonl", "test/a.jsonl", "dev/a.jsonl"],
+}
+
+
+@pytest.mark.parametrize("names", SPLITS.values(), ids=SPLITS)
+def test_names_in_a_folder_select_the_split(tmp_path, names) -> None:
+    files(tmp_path, *names)
+    assert texts(tmp_path) == sorted(name for name in names if "train" in name)
+    assert texts(tmp_path, "test") == [names[2]]
+    assert texts(tmp_path, "dev") == texts(tmp_path, "validation") == [names[3]]
+    assert "has ['test', 'train', 'validation']" in refusal(lambda: load(tmp_path, "dpo"))
+
+
+def test_the_name_of_the_folder_itself_says_nothing(tmp_path) -> None:
+    files(tmp_path / "test", "a.jsonl", "b.jsonl")
+    assert texts(tmp_path / "test") == ["a.jsonl", "b.jsonl"]
+    assert texts(f"{tmp_path}/test/*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert "no file name" in refusal(lambda: load(tmp_path / "test", "test"))
+
+
+def test_a_pattern_selects_files_in_the_order_of_their_names(tmp_path) -> None:
+    files(tmp_path, "b.jsonl", "a.jsonl", "a.json", "c/d.jsonl")
+    assert texts(f"{tmp_path}/*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert texts(f"{tmp_path}/**/[bd].jsonl") == ["b.jsonl", "c/d.jsonl"]
+    assert "no file there ends in" in refusal(lambda: load(f"{tmp_path}/*.csv"))
+
+
+def test_files_of_several_formats_are_refused_unless_a_pattern_chooses(tmp_path) -> None:
+    files(tmp_path, "a.jsonl", "b.jsonl")
+    write(tmp_path / "c.csv", "text\nc\n")
+    assert "several formats (.csv, .jsonl): give a glob, such as '*.csv'" in refusal(lambda: load(tmp_path))
+    assert texts(f"{tmp_path}/*.csv") == ["c"]
+
+
+# Slices
+
+MANY = [{"text": f"row {n}"} for n in range(37)]
+SLICES = ["train[:5%]", "train[10:20]", "train[-3:]", "train[33%:67%]", "train[-10%:]", "train[:7]", "train[5:99]"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("many") / "rows.jsonl", MANY)
+
+
+def by_datasets(path: Path, split: str) -> list[dict[str, Any]]:
+    return datasets.load_dataset("json", data_files=str(path), split=split).to_list()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("split", SLICES)
+def test_a_slice_is_the_one_that_datasets_gives(tmp_path, many, split) -> None:
+    expected = by_datasets(many, split)
+    assert 0 < len(expected) < len(MANY)
+    assert load(many, split).rows == expected
+    datasets.Dataset.from_list(MANY).save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "saved", split).rows == expected
+
+
+def test_a_slice_of_the_built_in_world_is_the_one_that_datasets_gives(tmp_path) -> None:
+    whole = load("builtin:village").rows
+    path = write_jsonl(tmp_path / "rows.jsonl", whole)
+    for split in ("train[:5%]", "train[-3:]"):
+        assert load("builtin:village", split).rows == by_datasets(path, split)
+    assert load("builtin:village", "test[:2]").rows == load("builtin:village", "test").rows[:2]
+
+
+def test_a_slice_counts_rows_over_all_files_and_max_rows_cuts_the_slice(tmp_path) -> None:
+    files(tmp_path, *(f"{n}.jsonl" for n in range(6)))
+    assert texts(tmp_path, "train[2:4]") == ["2.jsonl", "3.jsonl"]
+    found = load(tmp_path, "train[2:5]", max_rows=2)
+    assert [row["text"] for row in found.rows] == ["2.jsonl", "3.jsonl"]
+    assert found.places[0] == f"{tmp_path}/2.jsonl, line 1"
+
+
+@pytest.mark.parametrize("split", ["train[", "train[:200%]", "train[:2]+train[4:]", "train[a:]"])
+def test_a_slice_that_is_none_is_refused(many, split) -> None:
+    assert f"split={split!r}" in refusal(lambda: load(many, split))
+
+
+# Fingerprints
+
+
+def fingerprint(name: Path | str, **fields: Any) -> str:
+    config = LanguageModelingDatasetConfig(dataset_name=str(name), **fields)
+    ((name, source),) = config.sources().items()
+    return open_source(name, source, "text").fingerprint()
+
+
+def test_the_content_of_a_file_is_its_fingerprint_not_its_name_or_date(tmp_path) -> None:
+    first, second = (write_jsonl(tmp_path / name, MANY) for name in ("a.jsonl", "b.jsonl"))
+    os.utime(second, (1, 1))
+    assert fingerprint(first) == fingerprint(second)
+    content = second.read_bytes()
+    second.write_bytes(content[:-4] + b"9" + content[-3:])
+    assert fingerprint(first) != fingerprint(second)
+
+
+def test_all_that_decides_the_rows_is_in_the_fingerprint(tmp_path) -> None:
+    path = write(tmp_path / "a.txt", "One.\n---\nTwo.")
+    found = [
+        fingerprint(path),
+        fingerprint(path, text_field="story"),
+        fingerprint(path, document_separator="---"),
+        fingerprint(path, document_separator="\n"),
+        fingerprint(path, max_rows=1),
+        fingerprint(path, max_rows=2),
+        fingerprint(write(tmp_path / "a.csv", path.read_bytes())),
+    ]
+    assert len(set(found)) == len(found)
+    assert fingerprint(path, split="train[:1]") == fingerprint(path, max_rows=1)  # the same rows
+
+
+def test_the_rows_of_a_saved_folder_are_its_fingerprint(tmp_path) -> None:
+    """Not how they lie in memory or on disk."""
+    table = datasets.Dataset.from_list(MANY)
+    table.save_to_disk(tmp_path / "whole")
+    datasets.Dataset.from_list([{"text": "before"}, *MANY]).select(range(1, 38)).save_to_disk(
+        tmp_path / "in parts", num_shards=3
+    )
+    table.select(reversed(range(37))).save_to_disk(tmp_path / "turned round")
+    assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "in parts")
+    others = [fingerprint(tmp_path / "turned round"), fingerprint(tmp_path / "whole", split="train[:9]")]
+    assert len({fingerprint(tmp_path / "whole"), *others}) == 3
+
+
+def test_the_built_in_world_has_a_fingerprint_for_each_split() -> None:
+    found = [fingerprint("builtin:village", split=split) for split in ("train", "test", "train[:9]", "train")]
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
+
+
 # Places
 
 
@@ -259,7 +412,7 @@ BAD_ROWS = [
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": 3}], ["line 1", "'rejected' must be text", "int"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": None}], ["line 1", "'rejected' must be text", "NoneType"]),
     ("preferences", [{"prompt": "a", "chosen": [], "rejected": "b"}], ["line 1", "'chosen'", "empty"]),
-    ("preferences", [{"prompt": "a", "chosen": {"role": "assistant"}, "rejected": "b"}], ["'chosen': 'content' must be text", "NoneType"]),
+    ("preferences", [{"prompt": "a", "chosen": {"role": "assistant"}, "rejected": "b"}], ["'chosen': 'content' must be text"]),
     ("preferences", [{"prompt": 4, "chosen": "a", "rejected": "b"}], ["line 1", "'prompt' must be text, not int"]),
     ("preferences", [{"chosen": "a", "rejected": "b"}], ["line 1", "no prompt", "set prompt_field"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": [{"role": "x", "content": "c"}]}], ["'rejected' message 0"]),

@@ -1,0 +1,124 @@
+"""Streamed documents: every one once a pass, within a window, on one rank; resumed without a repeat or a gap."""
+
+import itertools
+from collections import Counter
+
+import pytest
+from helpers import write_jsonl
+
+from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, TrainingConfig, UserError
+from modern_llm.data.loader import Position, steps
+from modern_llm.data.streaming import prepare_stream
+from modern_llm.training.train_lm import run_training
+
+DOCUMENTS = [f"document {n} says {'so ' * (n % 5)}" for n in range(23)]
+
+
+@pytest.fixture
+def config(tmp_path) -> LanguageModelingDatasetConfig:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in DOCUMENTS])
+    return LanguageModelingDatasetConfig(dataset_name=str(path), streaming=True, shuffle_window=8)
+
+
+def texts(encoder, batch) -> list[str]:
+    return [encoder.tokenizer.decode(b.row.ids[0]) for b in batch.micro_batches]
+
+
+def taught(batches) -> Counter:
+    return Counter(i for batch in batches for b in batch.micro_batches for i in b.row.targets.tolist())
+
+
+def pass_of(data, world_size: int = 1, rank: int = 0) -> list:
+    """The steps of the first three windows, which are all documents."""
+    found = steps(data.train, 2 * world_size, 2, 0, rank=rank, world_size=world_size)
+    return list(itertools.takewhile(lambda step: step.after.epoch < 3, found))
+
+
+def test_a_pass_teaches_every_token_once(config, encoder) -> None:
+    data = prepare_stream(config, encoder.encoder, 16, seed=0)
+    found = steps(data.train, 2, 2, 0)
+    one_pass = []
+    while not one_pass or one_pass[-1].after != Position(3, 0):
+        one_pass.append(next(found))
+    end = encoder.encoder.document_end
+    assert taught(one_pass) == Counter(i for text in DOCUMENTS for i in [*encoder.encoder.text(text)[1:], end])
+    second_pass = [next(found)]
+    assert second_pass[0].after.epoch == 3
+    assert texts(encoder, second_pass[0]) != texts(encoder, one_pass[0])  # another order
+
+
+def test_the_same_seed_gives_the_same_order_and_another_seed_another(config, encoder) -> None:
+    def first(seed: int) -> list[str]:
+        return texts(encoder, next(steps(prepare_stream(config, encoder.encoder, 16, seed).train, 4, 2, seed)))
+
+    assert first(0) == first(0) != first(1)
+
+
+def test_any_position_continues_with_the_same_steps(config, encoder) -> None:
+    def at(position: Position):
+        return steps(prepare_stream(config, encoder.encoder, 16, 0).train, 3, 2, 0, position)
+
+    whole = list(itertools.islice(at(Position()), 40))  # more than two passes
+    for number, batch in enumerate(whole[:-1]):
+        following = next(at(batch.after))
+        assert texts(encoder, following) == texts(encoder, whole[number + 1])
+        assert following.after == whole[number + 1].after
+
+
+def test_ranks_share_the_documents_and_keep_in_step(config, encoder, monkeypatch) -> None:
+    """`distributed.minimum` is the one talk between ranks; here each side is told what the other has."""
+    counts: dict[int, list[int]] = {0: [], 1: []}
+    streams = {}
+    for rank in (0, 1):
+        monkeypatch.setattr("modern_llm.distributed.minimum", lambda n, rank=rank: counts[rank].append(n) or n)
+        found = prepare_stream(config, encoder.encoder, 16, 0).train.windows(0, rank, 2)
+        streams[rank] = [blocks for _, blocks in itertools.islice(found, 3)]
+    documents = [
+        {encoder.tokenizer.decode(s.ids).split(" says")[0] for blocks in streams[rank] for b in blocks for s in b.segments}
+        for rank in (0, 1)
+    ]
+    whole = [{name for name in names if name.startswith("document") and name.count(" ") == 1} for names in documents]
+    assert not whole[0] & whole[1]
+    fewest = [min(pair) for pair in zip(counts[0], counts[1], strict=True)]
+    for rank in (0, 1):
+        lowest = iter(fewest)
+        monkeypatch.setattr("modern_llm.distributed.minimum", lambda n, lowest=lowest: next(lowest))
+        found = steps(prepare_stream(config, encoder.encoder, 16, 0).train, 4, 2, 0, rank=rank, world_size=2)
+        streams[rank] = [next(found).after for _ in range(sum(-(-n // 2) for n in fewest) - 1)]
+    assert streams[0] == streams[1]
+
+
+def test_what_is_held_out_is_never_streamed(config, encoder) -> None:
+    held = config.model_copy(update={"eval_fraction": 0.5})
+    data = prepare_stream(held, encoder.encoder, 64, seed=0)
+    evaluation = {encoder.tokenizer.decode(s.ids) for block in data.evaluation for s in block.segments}
+    trained = {
+        encoder.tokenizer.decode(s.ids)
+        for _, blocks in itertools.islice(data.train.windows(0, 0, 1), 3)
+        for b in blocks
+        for s in b.segments
+    }
+    assert evaluation
+    assert not evaluation & trained
+
+
+def test_a_stream_trains_resumes_and_needs_max_steps(config, tmp_path, tokenizer) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shape = ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=16)
+    settings = {"output_dir": tmp_path / "run", "tokenizer_name": str(tmp_path / "tokenizer"), "batch_size": 4}
+    with pytest.raises(UserError, match="max_steps is required with streaming"):
+        run_training(shape, TrainingConfig(**settings), config)
+    final = run_training(shape, TrainingConfig(**settings, max_steps=6, save_every=2), config)
+    assert (final / "model.safetensors").is_file()
+    before = (final / "model.safetensors").read_bytes()
+    for path in sorted(final.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    final.rmdir()
+    again = run_training(shape, TrainingConfig(**settings, max_steps=6, save_every=2), config)  # from step 4
+    assert (again / "model.safetensors").read_bytes() == before
+
+
+def test_several_sources_cannot_be_streamed(config, encoder) -> None:
+    two = config.model_copy(update={"dataset_name": {config.dataset_name: 1.0, "b.jsonl": 1.0}})
+    with pytest.raises(UserError, match="streaming reads one source"):
+        prepare_stream(two, encoder.encoder, 16, 0)
