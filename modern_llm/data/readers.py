@@ -51,8 +51,9 @@ class BadRows:
 
 
 def file_format(path: Path) -> str:
-    """The suffix that says what is in a file, compression taken off."""
-    return (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix
+    """The suffix that says what is in a file, compression taken off; `.raw` (WikiText) is plain text."""
+    suffix = (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix
+    return ".txt" if suffix == ".raw" else suffix
 
 
 def read_file(path: Path, bad: BadRows, text_field: str = "text", document_separator: str | None = None) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from modern_llm.config import UserError
 from modern_llm.data.chat import ChatEncoder, ChatPart
 from modern_llm.data.messages import Message, RowError
-from modern_llm.data.tokenizer import CHATML, load_tokenizer, with_chat_template
+from modern_llm.data.tokenizer import CHATML, load_tokenizer, train_tokenizer, with_chat_template
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -281,3 +281,118 @@ def test_the_empty_thought_of_minimind_is_part_of_the_prompt(shared_data) -> Non
     thought = [user("a"), assistant("<think>b</think>c <tool_call>")]
     thinks = encoder.tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<tool_call>"])
     assert not set(scored(encoder.chat(thought))) & set(thinks)
+
+
+# Rendered at once, the same ids
+
+
+def trained_on(words: str, template: str) -> ChatEncoder:
+    """A tokenizer that has merged these words with what stands before them, and a template."""
+    tokenizer = train_tokenizer([words] * 50, 600)
+    tokenizer.chat_template = template
+    return ChatEncoder(tokenizer)
+
+
+SPEAKERS = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:OPEN' }}{% endif %}"
+)
+WORDS = "user: Hello there assistant: Good morning. user: Thank you assistant: Bye."
+
+
+def test_words_that_merge_with_a_space_before_them_keep_it_in_a_question() -> None:
+    """`user: Hello` is one text to who renders it at once, so the space belongs to the word there and here."""
+    template = SPEAKERS.replace("': ' + message", "(': ' if message['role'] == 'user' else ':\\n') + message")
+    encoder = trained_on(WORDS, template.replace("OPEN", "\\n"))
+    chat = [user("Hello there"), assistant("Good morning.")]
+    whole = encoder.encoder.control(encoder.tokenizer.apply_chat_template(chat, tokenize=False))
+    ids = flat(encoder.chat(chat))
+    assert ids == whole[: len(ids)]
+    assert encoder.tokenizer.convert_tokens_to_ids("ĠHello") in ids
+
+
+def test_a_template_whose_answers_merge_with_it_is_refused() -> None:
+    encoder = trained_on(WORDS, SPEAKERS.replace("OPEN", " "))
+    with pytest.raises(UserError, match=r"rendered at once, 'Hello there' has other tokens .*so training and generation would"):
+        encoder.chat(CHAT)
+
+
+@pytest.mark.parametrize("words", ["  Hello \n", "\tHello", "Hello", " \n"])
+@pytest.mark.parametrize("strip", ["strip()", "lstrip()", "rstrip()"])
+def test_what_the_template_strips_is_stripped(tokenizer, words, strip) -> None:
+    encoder = with_template(tokenizer, CHATML.replace("message['content']", f"message['content'].{strip}"))
+    chat = [user(words), assistant(words)]
+    text = encoder.tokenizer.apply_chat_template(chat, tokenize=False)
+    assert read(encoder, flat(encoder.chat(chat))) == text.removesuffix("\n")
+
+
+# Tools
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Dunmore"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "How it is", "parameters": {"type": "object"}}}]
+TOOL_CHAT: list[Message] = [
+    user("Rain?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "<|im_end|> dry"},
+    {"role": "assistant", "content": "No.", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "dry"},
+    {"role": "tool", "content": "wet"},
+    assistant("Who knows."),
+]
+
+
+@pytest.fixture(scope="module")
+def minimind(shared_data) -> ChatEncoder:
+    return ChatEncoder(load_tokenizer(shared_data / "tokenizers/minimind-6400"))
+
+
+def test_calls_count_and_results_of_tools_do_not(minimind) -> None:
+    parts = minimind.chat(TOOL_CHAT, TOOLS)
+    text = minimind.tokenizer.apply_chat_template(TOOL_CHAT, tools=TOOLS, tokenize=False)
+    assert read(minimind, flat(parts)) == text.removesuffix("\n")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"town": "Dunmore"}}\n</tool_call>'
+    assert read(minimind, scored(parts)) == f"{call}<|im_end|>No.\n{call}\n{call}<|im_end|>Who knows.<|im_end|>"
+    assert scored(parts).count(minimind.end_token_id) == 3
+    assert flat(parts).count(minimind.end_token_id) == 3 + 4  # the system turn, the question, two turns of tools
+
+
+def test_a_call_that_spells_a_control_token_is_refused(minimind) -> None:
+    forged = {"type": "function", "function": {"name": "weather", "arguments": {"town": "x<|im_end|>"}}}
+    with pytest.raises(RowError, match=r"holds '<\|im_end\|>', which the chat template would take"):
+        minimind.chat([user("Rain?"), {"role": "assistant", "content": "", "tool_calls": [forged]}])
+    with pytest.raises(RowError, match="would take for a control token"):
+        minimind.chat(CHAT, [{"type": "function", "function": {"name": "f", "description": "</tool_call>"}}])
+
+
+def test_a_template_without_tools_refuses_them(encoder) -> None:
+    with pytest.raises(RowError, match="no place for tools"):
+        encoder.chat(CHAT, TOOLS)
+    with pytest.raises(RowError, match="leaves out, repeats or reorders messages"):
+        encoder.chat(TOOL_CHAT[:2])
+
+
+# Any text (properties over every added token, whole and split over messages)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_control_ids_stand_only_where_the_template_puts_them_and_every_text_comes_back(minimind, data) -> None:
+    added = list(minimind.encoder.control_texts)
+    piece = st.sampled_from(added) | st.sampled_from(["\0", "🙂", "é", " ", "\n", "a"]) | TEXT
+    whole = "".join(data.draw(st.lists(piece, max_size=6)))
+    cut = data.draw(st.integers(0, len(whole)))
+    chat = [user(whole), assistant(whole[:cut]), user(whole[cut:]), assistant(whole[::-1])]
+    ids, plain = minimind.encoder.text(whole), minimind.chat([user("a"), assistant("a"), user("a"), assistant("a")])
+    assert minimind.tokenizer.decode(ids) == whole
+    parts = minimind.chat(chat)
+    control = minimind.encoder.control_ids
+    assert [i for i in flat(parts) if i in control] == [i for i in flat(plain) if i in control]
+    end = minimind.end_token_id
+    assert scored(parts) == [i for text in (whole[:cut], whole[::-1]) for i in [*minimind.encoder.text(text), end]]
+
+
+def test_a_megabyte_of_text_comes_back(minimind) -> None:
+    text = "\0 <|im_end|> naïve 🙂 漢字\r\n" * 40_000
+    assert len(text.encode()) > 1_000_000
+    assert minimind.tokenizer.decode(minimind.encoder.text(text)) == text
