@@ -99,7 +99,7 @@ class InspectArguments(StrictModel):
     """Only this stage; left out: all."""
     rows: NonNegativeInt = 3
     """Rows to show of each stage."""
-    json_only: bool = False
+    as_json: bool = False
     """Print the counts as one JSON object."""
 
 
@@ -242,7 +242,7 @@ def _inspect(words: list[str]) -> None:
     a = parse(InspectArguments, "inspect FILE", words[1:])
     from modern_llm.report.rows import inspect
 
-    inspect(config, a.stage, a.rows, a.json_only)
+    inspect(config, a.stage, a.rows, a.as_json)
 
 
 def _schema(words: list[str]) -> None:

@@ -141,11 +141,19 @@ def test_other_rows_another_tokenizer_and_another_template_make_another_entry(tm
     assert len(names(own_cache)) == (3 if kind == "text" else 4)
 
 
+def test_other_code_makes_another_entry(tmp_path, own_cache, encoder, monkeypatch) -> None:
+    path = write_rows(tmp_path, "text")
+    prepare("text", path, encoder)
+    monkeypatch.setattr("modern_llm.data.prepared.preparation_version", lambda: "of another release")
+    prepare("text", path, encoder)
+    assert len(names(own_cache)) == 2
+
+
 # Damage
 
 
 def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-8])  # whole tokens, so that only the size tells
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
