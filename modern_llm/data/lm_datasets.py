@@ -104,15 +104,21 @@ def _lay_out(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, int]:
 
 def training_texts(config: LanguageModelingDatasetConfig) -> Iterator[str]:
     """The documents of the training part, for training a tokenizer."""
+    held_out: set[int] = set()
+    if config.eval_split is not None:
+        held_out = {prompt_hash(text) for text in _texts(config, config.eval_split)}
+    for text in _texts(config, None):
+        key = prompt_hash(text)
+        if key not in held_out and not is_held_out(key, config.eval_fraction):
+            yield text
+
+
+def _texts(config: LanguageModelingDatasetConfig, split: str | None) -> Iterator[str]:
+    bad = BadRows(skip=config.on_bad_row == "skip")
     for name, source in config.sources().items():
-        bad = BadRows(skip=config.on_bad_row == "skip")
-        held_out: set[int] = set()
-        if config.eval_split is not None:
-            for row in open_source(name, source, "text", config.eval_split).rows(bad):
-                held_out.add(prompt_hash(document_text(row, source.text_field or "text", bad) or ""))
-        for row in open_source(name, source, "text").rows(bad):
+        for row in open_source(name, source, "text", split).rows(bad):
             text = document_text(row, source.text_field or "text", bad)
-            if text is not None and (key := prompt_hash(text)) not in held_out and not is_held_out(key, config.eval_fraction):
+            if text is not None:
                 yield text
 
 
@@ -133,7 +139,8 @@ def held_out_blocks(config: LanguageModelingDatasetConfig, encoder: TextEncoder,
 
 
 def _sources(config: LanguageModelingDatasetConfig, encoder: TextEncoder, report: Report) -> list[PreparedSource]:
-    key = {"tokenizer": tokenizer_fingerprint(encoder.tokenizer)}
+    ends = [encoder.document_start, encoder.document_end]  # the fingerprint does not know whether a begin token is used
+    key = {"tokenizer": tokenizer_fingerprint(encoder.tokenizer), "document": ends}
     return prepare_sources(config, "text", key, encoder.vocab_size, True, partial(_build, encoder), report)
 
 

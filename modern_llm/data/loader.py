@@ -55,14 +55,13 @@ def micro_batches(
     if micro_batch_tokens is None:
         assert micro_batch_size is not None
         groups = [range(i, min(i + micro_batch_size, len(examples))) for i in range(0, len(examples), micro_batch_size)]
-        examples_of = examples
     else:
-        examples_of = [examples[i] for i in range(len(examples))]
-        lengths = np.array([sum(map(len, example.segments)) for example in examples_of], dtype=np.int64)
-        order, ends = best_fit(lengths, max(micro_batch_tokens, int(lengths.max(initial=0))))
-        groups = np.split(order, ends[:-1])
+        examples = [examples[i] for i in range(len(examples))]
+        lengths = np.array([sum(map(len, example.segments)) for example in examples], dtype=np.int64)
+        order, ends = best_fit(np.minimum(lengths, micro_batch_tokens), micro_batch_tokens)
+        groups = np.split(order, ends[:-1]) if len(ends) else []
     for group in groups:
-        part = [examples_of[i] for i in group]
+        part = [examples[i] for i in group]
         row = pack([segment for example in part for segment in example.segments])
         yield MicroBatch(row, {"tokens": row.num_scored, "examples": len(part)}, [example.row for example in part])
 

@@ -116,6 +116,21 @@ def test_a_document_begins_with_the_begin_token_where_the_tokenizer_puts_one(fol
     assert taught(data)[begin] == 0
 
 
+def test_a_tokenizer_that_now_begins_documents_finds_no_tokens_without_a_begin(folder, letters) -> None:
+    """Both have one vocabulary and one fingerprint; only what stands before a document differs."""
+    copy = Tokenizer.from_str(letters.tokenizer.backend_tokenizer.to_str())
+    copy.add_special_tokens(["<s>"])
+    plain = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token="<|endoftext|>")
+    beginning = PreTrainedTokenizerFast(tokenizer_object=copy, eos_token="<|endoftext|>", bos_token="<s>")
+    begin = beginning.bos_token_id
+    beginning.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    first = [
+        piece[0] for tokenizer in (plain, beginning) for piece in pieces(prepared(folder, TextEncoder(tokenizer), ["abc"], 9))
+    ]
+    assert first[0] != begin
+    assert first[1] == begin
+
+
 def test_control_strings_in_a_document_are_text(folder, encoder) -> None:
     data = prepared(folder, encoder.encoder, ["a<|endoftext|>b<|im_end|>"], 64)
     (piece,) = pieces(data)
