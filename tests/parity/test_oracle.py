@@ -53,7 +53,9 @@ EPSILON = 1e-3
 above fp32 rounding of these gradients keeps the update a smooth function, so that weights can be compared."""
 BETA = 0.3
 SHAPE = ModelConfig(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
-SPLITS = (1, 2, BATCH)
+Split = int | str
+"""Examples of a micro-batch, or how many tokens it may hold."""
+SPLITS: tuple[Split, ...] = (1, 2, BATCH, "60 tokens")
 STAGES = {"pretrain": None, "sft": None, "dpo": 0.0, "conservative_dpo": 0.1}
 
 QUESTIONS = ("Who sat?", "Where did the dog run?", "What does he bake?", "Did it rain?", "Why?", "How many swans?")
@@ -109,9 +111,9 @@ class Story:
     norm: float
     """Of step 1, before clipping."""
     weights: dict[str, Tensor]
-    runs: dict[tuple[int, bool], tuple[Path, list[dict[str, Tensor]]]] = field(default_factory=dict)
+    runs: dict[tuple[Split, bool], tuple[Path, list[dict[str, Tensor]]]] = field(default_factory=dict)
 
-    def run(self, micro: int, resumed: bool) -> tuple[Path, list[dict[str, Tensor]]]:
+    def run(self, micro: Split, resumed: bool) -> tuple[Path, list[dict[str, Tensor]]]:
         """(output folder, gradients of each step) of a run that is stopped at step 2 and resumed, or not."""
         if (micro, resumed) not in self.runs:
             folder = self.folder / f"micro-{micro}-{'resumed' if resumed else 'straight'}"
@@ -124,9 +126,10 @@ class Story:
             self.runs[micro, resumed] = folder, steps
         return self.runs[micro, resumed]
 
-    def config(self, micro: int, precision: Any = "fp32") -> TrainingConfig:
+    def config(self, micro: Split, precision: Any = "fp32") -> TrainingConfig:
+        split: Any = {"micro_batch_size": micro} if isinstance(micro, int) else {"micro_batch_tokens": int(micro.split()[0])}
         return TrainingConfig(
-            run_name="run", batch_size=BATCH, micro_batch_size=micro, max_steps=STEPS, warmup_steps=2, lr_schedule="linear",
+            run_name="run", batch_size=BATCH, **split, max_steps=STEPS, warmup_steps=2, lr_schedule="linear",
             optimizer="adamw", learning_rate=RATE, weight_decay=DECAY, max_grad_norm=MAX_NORM, adam_betas=BETAS,
             adam_epsilon=EPSILON, seed=SEED, save_every=2, log_every=1, mixed_precision=precision,
         )  # fmt: skip
@@ -185,7 +188,7 @@ def in_folder(config: TrainingConfig, folder: Path) -> TrainingConfig:
 
 @pytest.mark.parametrize("resumed", [False, True], ids=["straight", "resumed"])
 @pytest.mark.parametrize("micro", SPLITS)
-def test_losses_gradients_and_weights_equal_the_oracle(story: Story, micro: int, resumed: bool) -> None:
+def test_losses_gradients_and_weights_equal_the_oracle(story: Story, micro: Split, resumed: bool) -> None:
     folder, gradients = story.run(micro, resumed)
     assert logged(folder, "loss") == pytest.approx(story.losses, abs=LOSS)
     assert logged(folder, "grad_norm")[0] == pytest.approx(story.norm, rel=GRADIENT)
@@ -194,7 +197,7 @@ def test_losses_gradients_and_weights_equal_the_oracle(story: Story, micro: int,
 
 
 @pytest.mark.parametrize("micro", SPLITS)
-def test_a_resumed_run_is_bit_identical_to_a_straight_one(story: Story, micro: int) -> None:
+def test_a_resumed_run_is_bit_identical_to_a_straight_one(story: Story, micro: Split) -> None:
     straight, _ = story.run(micro, resumed=False)
     resumed, _ = story.run(micro, resumed=True)
     assert identical(weights(resumed / "run_final"), weights(straight / "run_final"))
