@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for the main one to prepare data."""
+_patient_group: Any = None
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the group that the launcher's `WORLD_SIZE` describes, unless already joined; leave it at the end if joined here."""
@@ -43,6 +50,8 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
+        global _patient_group
+        _patient_group = None
         dist.destroy_process_group()
 
 
@@ -78,6 +87,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     dist.all_reduce(flat)
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+def wait_for_main() -> None:
+    """Wait until the main rank is here, however long its work takes: a barrier would give up after ten minutes (NCCL)."""
+    if world_size() > 1:
+        global _patient_group
+        if _patient_group is None:
+            _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.monitored_barrier(_patient_group, timeout=PATIENCE)
 
 
 def barrier() -> None:

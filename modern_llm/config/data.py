@@ -62,6 +62,10 @@ class DatasetConfig(StrictModel):
             raise ValueError("eval_split and eval_fraction both hold rows out: give one of them")
         if not self.dataset_name:
             raise ValueError(f"dataset_name={self.dataset_name!r} names no data set")
+        for name, source in self.sources().items():
+            for field in ("text_field", "document_separator"):
+                if getattr(source, field) is not None and not hasattr(self, field):
+                    raise ValueError(f"dataset_name={name!r}: {field} is for documents: leave it out here")
         return self
 
     def sources(self) -> dict[str, SourceConfig]:
@@ -87,12 +91,18 @@ class LanguageModelingDatasetConfig(DatasetConfig):
     document_separator: str | None = None
     """`.txt` files: the line between two documents, e.g. `<|endoftext|>`. None: a file is one document."""
     max_length: PositiveInt | None = None
-    """Tokens that a block predicts. None: the model's `max_seq_len`."""
+    """Tokens of a block. None: the model's `max_seq_len`."""
     streaming: bool = False
     """Read and tokenize while training, for text larger than memory and disk: nothing is stored, and the order is shuffled
     within a window only. Needs `max_steps`."""
     shuffle_window: PositiveInt = 10_000
     """Documents shuffled among each other, with `streaming`."""
+
+    @model_validator(mode="after")
+    def _window_needs_streaming(self) -> Self:
+        if "shuffle_window" in self.model_fields_set and not self.streaming:
+            raise ValueError("shuffle_window is for streaming: stored documents are shuffled as a whole")
+        return self
 
 
 class InstructionDatasetConfig(DatasetConfig):
@@ -132,9 +142,9 @@ class LintConfig(StrictModel):
     prompts_differ: Verdict = "drop"
     """The two sides carry different prompts; `keep` uses the chosen side's for both."""
     duplicate: Verdict = "keep"
-    """The same prompt and sides as an earlier row; `drop` keeps the first."""
+    """The same prompt and sides as an earlier row of the source; `drop` keeps the first."""
     contradiction: Verdict = "keep"
-    """An earlier row prefers the other way round; `drop` leaves the later one out."""
+    """An earlier row of the source prefers the other way round; `drop` leaves the later one out."""
     over_limit: Verdict = "keep"
     """Longer than the limits of `DPOConfig`; `keep` leaves it to `truncation`."""
 

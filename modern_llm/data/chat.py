@@ -22,6 +22,11 @@ from modern_llm.data.tokenizer import TextEncoder
 # Private-use characters, which no template contains, in a space that no template writes: it is gone where the template strips.
 _SPACE = "\u2003"
 _MARKER = re.compile(f"({_SPACE}?)\ue000aB(\\d+)\ue001({_SPACE}?)")
+SPECIAL = ("\n", "</think>")
+"""Text inside contents that templates are known to treat specially; reasoning templates take thoughts out of earlier turns."""
+FIXED_DAY = "{%- macro strftime_now(format) -%}2024-07-26{%- endmacro -%}"
+"""What stands before a template that asks for today's date (gpt-oss, Llama 3.1): tokens must not depend on when they are made.
+A macro, because transformers 5.x turns functions among the template's arguments into text."""
 HARMLESS = ("Hello there", "Good morning.", "Thank you", "Bye.")
 
 
@@ -31,6 +36,8 @@ class ChatPart:
 
     ids: Sequence[int]
     scored: bool
+    is_words: bool = False
+    """It came from the row: content or a call, not what the template writes around them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer)
+        template = tokenizer.get_chat_template()
+        self._template = FIXED_DAY + template if "strftime_now" in template else template
         self._plan_of_roles = functools.lru_cache(maxsize=10_000)(self._plan_roles)
 
     def chat(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[ChatPart]:
@@ -84,13 +93,21 @@ class ChatEncoder:
             return self._plan_of_roles(tuple(message["role"] for message in chat.messages))
         return self._plan_with_tools(chat)
 
+    def rewrites(self, chat: Chat) -> bool:
+        """Whether the template, given this chat as it is, would not show every word of it.
+
+        Templates of reasoning models take thoughts out of earlier turns. Here they stay, as text.
+        """
+        self._check_template()
+        return any(text in message["content"] for message in chat.messages for text in self._rewritten)
+
     def encode(self, planned: Sequence[tuple[Chat, Plan]]) -> list[list[ChatPart]]:
         """The ids of many chats; their contents are tokenized in one parallel call."""
         slots = [(chat, slot) for chat, plan in planned for slot in plan if isinstance(slot, Slot)]
         texts = iter(self.encoder.texts([slot.fill(chat.messages[slot.message]["content"]) for chat, slot in slots]))
         found = []
         for _, plan in planned:
-            parts = [part if isinstance(part, ChatPart) else ChatPart(next(texts).tolist(), part.scored) for part in plan]
+            parts = [part if isinstance(part, ChatPart) else ChatPart(next(texts).tolist(), part.scored, True) for part in plan]
             found.append([part for part in parts if part.ids])
         return found
 
@@ -153,7 +170,7 @@ class ChatEncoder:
             if _is_marked_by_name(message):
                 written, _, piece = behind.partition(self._end_text)
                 name = message["tool_calls"][0]["function"]["name"]
-                parts.append(ChatPart(self.encoder.control(added + name + written + self._end_text), scored=True))
+                parts.append(ChatPart(self.encoder.control(added + name + written + self._end_text), True, is_words=True))
                 continue
             parts.append(ChatPart(self.encoder.control(added), scored=True))
             parts.append(Slot(i, "", "", not left, not right, scored=True))
@@ -170,7 +187,11 @@ class ChatEncoder:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+                    list(messages),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    chat_template=self._template,
                 )
             )
         except TemplateError as error:
@@ -193,7 +214,7 @@ class ChatEncoder:
 
     def _check_template(self) -> None:
         """Refuse a template whose text, rendered and encoded at once, is not what the parts give: words that merge with it."""
-        if hasattr(self, "_checked"):
+        if hasattr(self, "_rewritten"):
             return
         chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, HARMLESS, strict=True)]
         try:
@@ -211,19 +232,41 @@ class ChatEncoder:
                 f"{self.tokenizer.convert_ids_to_tokens(same[at : at + 3])}), so training and generation would differ: use a "
                 f"template that puts a line break or a control token between itself and the words"
             )
-        self._checked = True
+        self._rewritten = tuple(text for text in SPECIAL if self._rewrites(text))
+        if "\n" in self._rewritten:
+            raise UserError("the tokenizer's chat template takes out or rewrites line breaks: it cannot be trained on")
+
+    def _rewrites(self, text: str) -> bool:
+        """Whether the template shows a message with this text in it otherwise than as it is."""
+        chat: list[Message] = [
+            {"role": role, "content": f"a{text}b{text}c"} for role in ("user", "assistant", "user", "assistant")
+        ]
+        try:
+            shown, marked = self._render(chat), self._render([_marked(i, message) for i, message in enumerate(chat)])
+        except RowError:
+            return True
+        return shown != _MARKER.sub(lambda match: chat[int(match[2])]["content"], marked)
 
     def _end_of_turn(self, piece: str, is_last: bool) -> tuple[list[int], str]:
-        """The ids that end an assistant's turn (up to the first control token behind it), and the rest of the template.
+        """The ids that end an assistant's turn (up to its end token), and the rest of the template.
 
         A template without such a token gets the tokenizer's end token behind the last turn, and nothing in between.
         """
-        ids = self.encoder.control(piece)
-        for i, token in enumerate(ids):
-            if token in self.encoder.control_ids:
-                end_text = str(self.tokenizer.convert_ids_to_tokens(token))
-                return ids[: i + 1], piece[piece.index(end_text) + len(end_text) :]
-        return ([self.encoder.document_end] if is_last else []), piece
+        if self._written_end is None:
+            return ([self.encoder.document_end] if is_last else []), piece
+        end_text = str(self.tokenizer.convert_ids_to_tokens(self._written_end))
+        before, found, behind = piece.partition(end_text)
+        return (self.encoder.control(before + end_text), behind) if found else ([], piece)
+
+    @functools.cached_property
+    def _written_end(self) -> int | None:
+        """The control token that the template writes first behind the last answer of a chat; None if it writes none there.
+
+        Behind earlier answers the next control token might only open the next turn.
+        """
+        chat = [_marked(i, {"role": role, "content": "x"}) for i, role in enumerate(("user", "assistant"))]
+        ids = self.encoder.control(_MARKER.split(self._render(chat))[-1])
+        return next((token for token in ids if token in self.encoder.control_ids), None)
 
 
 def split_answer(parts: Sequence[ChatPart]) -> tuple[list[ChatPart], list[int]]:

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from modern_llm.config.data import InstructionDatasetConfig, SourceConfig
-from modern_llm.data.chat import ChatEncoder, ChatPart
+from modern_llm.data.chat import ChatEncoder, ChatPart, Plan
 from modern_llm.data.instruction_adapters import needs_regrouping, read_chat, threads
 from modern_llm.data.messages import Chat, RowError, prompt_text
 from modern_llm.data.packing import best_fit
@@ -30,6 +31,9 @@ from modern_llm.data.tokenizer import template_fingerprint
 
 __all__ = ["InstructionDatasetConfig", "prepare_instructions"]
 
+_DECIDING = {"adapter", "prompt_field", "response_field", "max_length", "truncation"}
+"""Fields of the config that decide the tokens."""
+
 CHATS_AT_ONCE = 1000
 """Chats tokenized in one parallel call."""
 
@@ -37,7 +41,7 @@ CHATS_AT_ONCE = 1000
 def prepare_instructions(config: InstructionDatasetConfig, encoder: ChatEncoder) -> PreparedData:
     """Every chat as one segment of at most `max_length` tokens."""
     report: Report = {}
-    limits = config.model_dump(include={"adapter", "prompt_field", "response_field", "max_length", "truncation"})
+    limits = config.model_dump(include=_DECIDING)
     sources = prepare_sources(
         config, "instructions", {"tokenizer": template_fingerprint(encoder.tokenizer), **limits}, encoder.encoder.vocab_size,
         False, partial(_build, config, encoder), report,
@@ -55,15 +59,15 @@ def _examples(store: Store, used: np.ndarray, config: InstructionDatasetConfig) 
     return StoredExamples(store, used[order], ends)
 
 
-def held_out_rows(config: InstructionDatasetConfig) -> list[dict[str, Any]]:
+def held_out_rows(config: InstructionDatasetConfig, encoder: ChatEncoder) -> list[dict[str, Any]]:
     """The rows of the evaluation part as they are, for data sets whose answers can be judged."""
     found = []
     for name, source in config.sources().items():
         bad = BadRows(skip=config.on_bad_row == "skip")
         opened = open_source(name, source, "instructions", config.eval_split)
-        for _, row, chat in chats_of(opened, config, bad, {"rows_read": 0}):
-            if config.eval_split is not None or is_held_out(chat_key(chat), config.eval_fraction):
-                found.append(row.values)
+        for found_chat in chats_of(opened, config, encoder, bad, {"rows_read": 0}):
+            if config.eval_split is not None or is_held_out(chat_key(found_chat.chat), config.eval_fraction):
+                found.append(found_chat.row.values)
     return found
 
 
@@ -73,8 +77,20 @@ def chat_key(chat: Chat) -> int:
     return prompt_hash(prompt_text(chat.messages[:first_answer]))
 
 
-def chats_of(source: Source, config: InstructionDatasetConfig, bad: BadRows, report: Report) -> Iterator[tuple[int, Row, Chat]]:
-    """Every row that is a chat; the others are counted by reason."""
+@dataclass(frozen=True)
+class FoundChat:
+    """A row that is a chat."""
+
+    number: int
+    row: Row
+    chat: Chat
+    plan: Plan
+
+
+def chats_of(
+    source: Source, config: InstructionDatasetConfig, encoder: ChatEncoder, bad: BadRows, report: Report
+) -> Iterator[FoundChat]:
+    """Every row that is a chat which the template can show; the others are counted by reason."""
     rows = read_rows(source, bad, report)
     first = next(rows, None)
     if first is None:
@@ -85,13 +101,16 @@ def chats_of(source: Source, config: InstructionDatasetConfig, bad: BadRows, rep
     for (number, row), values in every:
         try:
             chat = read_chat(values, config)
+            plan = () if isinstance(chat, str) else encoder.plan(chat)
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
         if isinstance(chat, str):
             count(report, f"dropped_because_{chat}")
         else:
-            yield number, row, chat
+            if encoder.rewrites(chat):
+                count(report, "found_text_that_the_template_rewrites")
+            yield FoundChat(number, row, chat, plan)
 
 
 def _build(
@@ -103,24 +122,21 @@ def _build(
     bad: BadRows,
     report: Report,
 ) -> None:
-    waiting: list[tuple[int, Chat, Any]] = []
+    waiting: list[FoundChat] = []
 
     def flush() -> None:
-        encoded = encoder.encode([(chat, plan) for _, chat, plan in waiting])
-        for (number, chat, _), parts in zip(waiting, encoded, strict=True):
+        encoded = encoder.encode([(found.chat, found.plan) for found in waiting])
+        for found, parts in zip(waiting, encoded, strict=True):
             cut = within_limit(parts, config)
             if isinstance(cut, str):
                 count(report, f"dropped_because_{cut}")
             else:
-                (ids, scored), flags = cut
-                writer.add([(ids, scored)], number, chat_key(chat), flags)
+                segment, flags = cut
+                writer.add([segment], found.number, chat_key(found.chat), flags)
         waiting.clear()
 
-    for number, row, chat in chats_of(source, config, bad, report):
-        try:
-            waiting.append((number, chat, encoder.plan(chat)))
-        except RowError as error:
-            bad(f"{row.place}: {error}")
+    for found in chats_of(source, config, encoder, bad, report):
+        waiting.append(found)
         if len(waiting) == CHATS_AT_ONCE:
             flush()
     flush()
@@ -142,6 +158,8 @@ def within_limit(
             if over >= last_answer:  # not even one token of the question would be left
                 return "answer_over_max_length"
             ids, scored, flags = ids[over:], scored[over:], CUT_START | ENDS_WITH_END_TOKEN
-    if not scored[1:].any():
+    words = np.repeat([part.scored and part.is_words for part in parts], [len(part.ids) for part in parts])
+    kept = words[: len(ids)] if flags & CUT_END else words[-len(ids) :]
+    if not kept[1:].any():
         return "prompt_fills_max_length"
     return (ids, scored), flags

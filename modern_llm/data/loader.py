@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modern_llm.data.packing import best_fit
-from modern_llm.data.prepared import Example, Mixture, Stream
+from modern_llm.data.prepared import Example, Mixture, Stream, epoch_order
 from modern_llm.layout import PackedRow, pack
 
 
@@ -38,11 +38,6 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     after: Position
     """Position once this step is done."""
-
-
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch: (num_examples,) int64, the same on every machine."""
-    return np.random.default_rng([seed, 1 + epoch]).permutation(num_examples)
 
 
 def micro_batches(

@@ -262,5 +262,5 @@ def _call(value: Any, place: str) -> dict[str, Any]:
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"{place} is no JSON: {error}") from None

@@ -1,14 +1,14 @@
 """Pairs of answers to one prompt: both sides carry the same prompt ids, and only the answers count."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from modern_llm.config.data import PreferenceDatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
-from modern_llm.data.chat import ChatEncoder, split_answer
+from modern_llm.data.chat import ChatEncoder, Plan, split_answer
 from modern_llm.data.lint import Lint
 from modern_llm.data.messages import Chat, Pair, RowError, prompt_text
 from modern_llm.data.preference_adapters import PairRow, read_pair
@@ -57,15 +57,15 @@ def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder
     return finish(config, Mixture(train, weights), Mixture(evaluation, [1.0] * len(weights)), sources, report)
 
 
-def held_out_pairs(config: PreferenceDatasetConfig) -> list[Pair]:
+def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> list[Pair]:
     """The pairs of the evaluation part that pass the checks, as text."""
     found = []
     for name, source in config.sources().items():
         bad = BadRows(skip=config.on_bad_row == "skip")
         opened = open_source(name, source, "preferences", config.eval_split)
-        for _, _, pair in pairs_of(opened, config, Lint(config.lint, {}), bad, {"rows_read": 0}):
-            if config.eval_split is not None or is_held_out(pair_key(pair), config.eval_fraction):
-                found.append(pair)
+        for found_pair in pairs_of(opened, config, encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
+            if config.eval_split is not None or is_held_out(pair_key(found_pair.pair), config.eval_fraction):
+                found.append(found_pair.pair)
     return found
 
 
@@ -74,20 +74,34 @@ def pair_key(pair: Pair) -> int:
     return prompt_hash(prompt_text(pair.prompt))
 
 
+@dataclass(frozen=True)
+class FoundPair:
+    """A row that is a pair."""
+
+    number: int
+    row: Row
+    pair: Pair
+    plan: Plan
+    """Of the prompt with either answer."""
+
+
 def pairs_of(
-    source: Source, config: PreferenceDatasetConfig, lint: Lint, bad: BadRows, report: Report
-) -> Iterator[tuple[int, Row, Pair]]:
-    """Every row that is a pair and passes the checks; the others are counted by reason."""
+    source: Source, config: PreferenceDatasetConfig, encoder: ChatEncoder, lint: Lint, bad: BadRows, report: Report
+) -> Iterator[FoundPair]:
+    """Every row that is a pair which passes the checks and the template can show; the others are counted by reason."""
     for number, row in read_rows(source, bad, report, "pairs"):
         try:
             found = read_pair(row.values, config)
+            plan = encoder.plan(_as_chat(found.pair, found.pair.chosen)) if isinstance(found, PairRow) else ()
+            if isinstance(found, PairRow):
+                encoder.plan(_as_chat(found.pair, found.pair.rejected))
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
         if not isinstance(found, PairRow):
             count(report, f"dropped_because_{found}")
         elif lint.keeps(found.pair, found.prompts_differ, row.place):
-            yield number, row, found.pair
+            yield FoundPair(number, row, found.pair, plan)
 
 
 def _build(
@@ -100,16 +114,15 @@ def _build(
     bad: BadRows,
     report: Report,
 ) -> None:
-    waiting: list[tuple[int, Row, Pair, Any]] = []
+    waiting: list[FoundPair] = []
     lint = Lint(config.lint, report)
 
     def flush() -> None:
-        for (number, row, pair, _), sides in zip(
-            waiting, _encode(encoder, [(p, plan) for _, _, p, plan in waiting]), strict=True
-        ):
+        encoded = _encode(encoder, [(found.pair, found.plan) for found in waiting])
+        for found, sides in zip(waiting, encoded, strict=True):
             if len(sides[1]) != len(sides[2]):
                 count(report, "longer_answer_chosen" if len(sides[1]) > len(sides[2]) else "shorter_answer_chosen")
-            if _is_over(sides, dpo) and not lint.verdict("over_limit", row.place):
+            if is_over(sides, dpo) and not lint.verdict("over_limit", found.row.place):
                 continue
             cut = within_limits(sides, dpo, config.truncation)
             if isinstance(cut, str):
@@ -120,14 +133,11 @@ def _build(
                 count(report, "dropped_because_answers_identical_up_to_the_cut")
                 continue
             segments = [_arrays(prompt, answer) for answer in (chosen, rejected)]
-            writer.add(segments, number, pair_key(pair), flags)
+            writer.add(segments, found.number, pair_key(found.pair), flags)
         waiting.clear()
 
-    for number, row, pair in pairs_of(source, config, lint, bad, report):
-        try:
-            waiting.append((number, row, pair, encoder.plan(_as_chat(pair, pair.chosen))))
-        except RowError as error:
-            bad(f"{row.place}: {error}")
+    for found in pairs_of(source, config, encoder, lint, bad, report):
+        waiting.append(found)
         if len(waiting) == PAIRS_AT_ONCE:
             flush()
     flush()
@@ -137,7 +147,7 @@ def _as_chat(pair: Pair, answer: str) -> Chat:
     return Chat([*pair.prompt, {"role": "assistant", "content": answer}])
 
 
-def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, Any]]) -> list[Sides]:
+def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, Plan]]) -> list[Sides]:
     """The ids of many pairs. Both answers stand in the same plan, so they meet the same prompt."""
     chats = [(_as_chat(pair, answer), plan) for pair, plan in planned for answer in (pair.chosen, pair.rejected)]
     split = [split_answer(parts) for parts in encoder.encode(chats)]
@@ -152,7 +162,7 @@ def _arrays(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarra
     return ids, np.arange(len(ids)) >= len(prompt)
 
 
-def _is_over(sides: Sides, dpo: DPOConfig) -> bool:
+def is_over(sides: Sides, dpo: DPOConfig) -> bool:
     prompt, chosen, rejected = map(len, sides)
     longest = max(chosen, rejected)
     return (
@@ -169,7 +179,7 @@ def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides,
     prompt alone is always kept by cutting its beginning.
     """
     prompt, chosen, rejected = sides
-    if truncation == "drop" and _is_over(sides, dpo):
+    if truncation == "drop" and is_over(sides, dpo):
         return "over_max_length"
     flags = 0
     if dpo.max_prompt_length is not None and len(prompt) > dpo.max_prompt_length:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from modern_llm.data.store import CUT_END, CUT_START, ENDS_WITH_END_TOKEN, Store
 from modern_llm.layout import Segment, num_scored
 
 Report = dict[str, Any]
-"""Counts of rows and tokens by name; what the numbers are is in docs/data.md."""
+"""Counts of rows and tokens by name; what the numbers are is in docs/data-formats.md."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class StoredExamples(Part):
         return fingerprint_of(self.store.content, self.chosen, self.pack_ends)
 
 
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch: (num_examples,) int64, the same on every machine."""
+    return np.random.default_rng([seed, 1 + epoch]).permutation(num_examples)
+
+
 @dataclass(frozen=True)
 class Mixture(Sequence[Example]):
     """Examples of several sources, and how often an epoch goes through each."""
@@ -150,7 +156,8 @@ class Mixture(Sequence[Example]):
                 circle = np.random.default_rng([seed, 0, number]).permutation(len(part))
                 drawn.append(offset + circle[(epoch * more + np.arange(more)) % len(part)])
             offset += len(part)
-        return np.random.default_rng([seed, 1 + epoch]).permutation(np.concatenate(drawn))
+        together = np.concatenate(drawn)
+        return together[epoch_order(len(together), seed, epoch)]
 
 
 class Stream(Protocol):
@@ -240,10 +247,18 @@ def prepare_sources(
     stores = []
     for name, source in config.sources().items():
 
-        def store_of(split: str | None, name: str = name, source: Any = source) -> Store:
+        def store_of(split: str | None, name: str = name, source: SourceConfig = source) -> Store:
             opened = open_source(name, source, kind, split)
+            whole_key = {
+                **key,
+                "kind": kind,
+                "source": opened.fingerprint(),
+                "text_field": source.text_field,
+                "code": preparation_version(),
+                "on_bad_row": config.on_bad_row,
+            }
 
-            def fill(folder: Any) -> None:
+            def fill(folder: Path) -> None:
                 counts: Report = {"rows_read": 0}
                 bad = BadRows(skip=config.on_bad_row == "skip")
                 writer = StoreWriter(folder, vocab_size, all_scored)
@@ -254,23 +269,18 @@ def prepare_sources(
                     raise UserError(f"dataset_name={name!r}: split {split or source.split!r} has no rows")
                 writer.close(counts)
 
-            whole_key = {
-                **key,
-                "kind": kind,
-                "source": opened.fingerprint(),
-                "text_field": source.text_field,
-                "code": preparation_version(),
-                "on_bad_row": config.on_bad_row,
-            }
             if distributed.is_main():
                 stored(whole_key, fill)
-            distributed.barrier()
+            distributed.wait_for_main()
             return stored(whole_key, fill)
 
         train = store_of(None)
-        for count, value in train.report.items():
-            report[count] = report.get(count, 0) + value
-        stores.append((source.weight, train, train if config.eval_split is None else store_of(config.eval_split)))
+        add_counts(report, train.report)
+        evaluation = train
+        if config.eval_split is not None:
+            evaluation = store_of(config.eval_split)
+            add_counts(report, {f"eval_{count}": value for count, value in evaluation.report.items()})
+        stores.append((source.weight, train, evaluation))
     found = []
     held_out = np.concatenate([evaluation.keys for _, _, evaluation in stores])  # also what another source holds out
     for weight, train, evaluation in stores:
@@ -279,14 +289,20 @@ def prepare_sources(
             found.append(PreparedSource(weight, train, np.flatnonzero(~out), train, np.flatnonzero(out)))
         else:
             used = np.flatnonzero(~np.isin(train.keys, held_out))
-            report["dropped_because_held_out_too"] = report.get("dropped_because_held_out_too", 0) + len(train) - len(used)
+            add_counts(report, {"dropped_because_held_out_too": len(train) - len(used)})
             found.append(PreparedSource(weight, train, used, evaluation, np.arange(len(evaluation))))
     return found
 
 
 def count(report: Report, name: str) -> None:
     """One more of something."""
-    report[name] = report.get(name, 0) + 1
+    add_counts(report, {name: 1})
+
+
+def add_counts(report: Report, counts: Report) -> None:
+    """Add counts of a part to those of the whole."""
+    for name, value in counts.items():
+        report[name] = report.get(name, 0) + value
 
 
 def read_rows(source: Source, bad: BadRows, report: Report, name: str = "rows") -> Iterator[tuple[int, Row]]:
@@ -312,8 +328,11 @@ def finish(
     report["tokens"] = sum(part.num_tokens for part in train.parts)
     report["scored_tokens"] = sum(part.num_scored for part in train.parts)
     for name, flag in {"cut_end": CUT_END, "cut_start": CUT_START}.items():
-        if count := int(np.count_nonzero(flags & flag)):
-            report[name] = count
+        if number := int(np.count_nonzero(flags & flag)):
+            report[name] = number
+    for name, part in zip(config.sources(), train.parts, strict=True):
+        if len(train) and not len(part):
+            raise UserError(f"dataset_name={name!r}: no example of this source is left to train on: take it out")
     if not len(train):
         counts = ", ".join(f"{name}={count}" for name, count in report.items() if count)
         raise UserError(f"dataset_name={config.dataset_name!r}: no example is left to train on ({counts})")

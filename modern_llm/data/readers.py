@@ -72,7 +72,7 @@ def read_file(path: Path, bad: BadRows, text_field: str = "text", document_separ
     if kind not in FORMATS or (kind == ".parquet" and path.suffix != kind):
         raise UserError(f"{path}: the file must end in {', '.join(FORMATS)}, each but .parquet also with .gz or .zst behind it")
     if kind == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, bad)
         return
     try:
         with _open(path) as file:
@@ -185,6 +185,9 @@ def _csv_rows(path: Path, file: BinaryIO, bad: BadRows) -> Iterator[Row]:
                 return
         elif columns is None:
             columns = cells or None
+            if len(set(cells)) < len(cells):
+                bad(f"{place}: two columns have one name: {', '.join(cells)}")
+                return
         elif cells:
             yield Row(dict(zip(columns, cells, strict=True)), place)
 
@@ -214,7 +217,7 @@ def _documents(path: Path, file: BinaryIO, bad: BadRows, field: str, separator: 
         yield from document()
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, bad: BadRows) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -222,11 +225,26 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(PARQUET_ROWS_AT_ONCE):
-                for values in batch.to_pylist():
-                    yield Row(values, f"{path}, row {number}")
-                    number += 1
+                yield from _batch_rows(batch, path, number, bad)
+                number += len(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as .parquet: {last_line(error)}") from None
+
+
+def _batch_rows(batch: Any, path: Path, first: int, bad: BadRows) -> Iterator[Row]:
+    """The rows of an Arrow batch; where one has no Python value (a date out of range, text that is not UTF-8), row by row."""
+    try:
+        every = batch.to_pylist()
+    except (ValueError, OverflowError):
+        every = None
+    for i in range(len(batch)):
+        place = f"{path}, row {first + i}"
+        try:
+            values = batch.slice(i, 1).to_pylist()[0] if every is None else every[i]
+        except (ValueError, OverflowError) as error:
+            bad(f"{place}: cannot be read: {last_line(error)}")
+            continue
+        yield Row(values, place)
 
 
 def last_line(error: Exception) -> str:

@@ -261,21 +261,39 @@ def _hub_table(name: str, config: SourceConfig, split: str, streaming: bool = Fa
     try:
         with hub():
             return load_dataset(name, config.dataset_config_name, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError and FileNotFoundError are OSErrors
+    except _hub_errors() as error:
         raise UserError(
             f"dataset_name={name!r}: no such file, and the hub did not give a data set of that name and split {split!r} "
             f"({type(error).__name__}: {last_line(error)}): check the spelling, or the network"
         ) from None
 
 
-def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows) -> Iterator[Row]:
-    """The rows of a source, without ever storing or hashing it; hub data sets are streamed."""
+def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows, split: str | None = None) -> Iterator[Row]:
+    """The rows of a source, without ever storing or hashing it; hub data sets are streamed.
+
+    Raises:
+        UserError: as `open_source`, or the hub stops answering on the way.
+    """
+    split = split or config.split or "train"
     if name.startswith("builtin:") or _looks_local(name):
-        return iter(open_source(name, config, kind).rows(bad))
-    split = config.split or "train"
-    table = _hub_table(name, config, split, streaming=True)
-    rows = (Row(values, f"{name}[{split}] row {i}") for i, values in enumerate(table))
-    return itertools.islice(rows, config.max_rows)
+        yield from open_source(name, config, kind, split).rows(bad)
+        return
+    table = iter(_hub_table(name, config, split, streaming=True))
+    for number in itertools.count() if config.max_rows is None else range(config.max_rows):
+        try:
+            values = next(table)
+        except StopIteration:
+            return
+        except _hub_errors() as error:
+            raise UserError(f"{name}[{split}] row {number}: the hub gave no more ({last_line(error)})") from None
+        yield Row(values, f"{name}[{split}] row {number}")
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What `datasets` 5.x raises where a data set cannot be had; ConnectionError and FileNotFoundError are OSErrors."""
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, ValueError, RuntimeError, DatasetsError)
 
 
 def _digest(*content: Any) -> str:

@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 class StoreWriter:
-    """Appends examples to a folder. Tokens go straight to disk; what stays in memory is 8 bytes a segment, 37 an example."""
+    """Appends examples to a folder. Tokens go straight to disk; what stays in memory is 8 bytes a segment, 33 an example."""
 
     def __init__(self, folder: Path, vocab_size: int, all_scored: bool) -> None:
         """

@@ -2,7 +2,8 @@
 
 The source is read in windows of `shuffle_window` documents. Each rank takes its share of a window's documents, tokenizes them,
 cuts them into blocks, and shuffles these. So the position in the data is two integers, the window and the blocks of it that
-are used up, whatever the ranks; a resumed run reads past the windows before, without tokenizing them.
+are used up; a resumed run reads past the windows before, without tokenizing them. The same number of ranks gives the same
+steps; in a window each rank leaves out what goes beyond the rank with the fewest blocks.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 from modern_llm import distributed
 from modern_llm.config import UserError
 from modern_llm.config.data import LanguageModelingDatasetConfig
-from modern_llm.data.lm_datasets import Blocks, document_ids, document_text
+from modern_llm.data.blocks import Blocks, document_ids, document_text, document_texts, held_out_keys
 from modern_llm.data.prepared import Example, InMemory, Mixture, PreparedData, fingerprint_of
 from modern_llm.data.readers import BadRows, Row
 from modern_llm.data.sources import is_held_out, preparation_version, prompt_hash, stream_rows
@@ -22,12 +23,15 @@ from modern_llm.data.tokenizer import TextEncoder, tokenizer_fingerprint
 from modern_llm.layout import Segment
 
 
-@dataclass
 class _Documents:
     """What `Blocks` cuts up, in memory."""
 
-    ids: list[np.ndarray]
-    content: str = ""
+    def __init__(self, encoder: TextEncoder, texts: Iterable[str]) -> None:
+        self.ids = [document_ids(encoder, ids) for ids in encoder.texts(list(texts)) if len(ids)]
+
+    @property
+    def content(self) -> str:
+        return fingerprint_of(*self.ids)
 
     def example_tokens(self) -> np.ndarray:
         return np.array([len(ids) for ids in self.ids], dtype=np.int64)
@@ -35,6 +39,9 @@ class _Documents:
     def segment(self, i: int, start: int, behind: int) -> Segment:
         ids = self.ids[i][start:behind]
         return Segment(ids, np.ones(len(ids), dtype=bool))
+
+    def blocks(self, max_length: int) -> Blocks:
+        return Blocks(self, np.arange(len(self.ids)), max_length)
 
 
 @dataclass
@@ -53,57 +60,78 @@ class DocumentStream:
         if len(sources) != 1:
             raise UserError(f"streaming reads one source, and dataset_name has {len(sources)}: leave streaming out to mix them")
         ((self.name, self.source),) = sources.items()
+        if self.source.weight != 1:
+            raise UserError(
+                f"weight={self.source.weight:g}: a streamed source is alone and is read again and again: leave it out"
+            )
         self.longest = self.max_length
         self.bad = BadRows(skip=self.config.on_bad_row == "skip")
+        self.held_out = held_out_keys(self.config)
 
     def windows(self, start: int, rank: int, world_size: int) -> Iterator[tuple[int, list[Example]]]:
-        """This rank's blocks of each window from number `start` on; as many on every rank."""
-        for number, texts in self._texts(start):
+        """This rank's blocks of each window from number `start` on; as many on every rank.
+
+        Raises:
+            UserError: a whole pass over the source gave no block.
+        """
+        given, skipped = 0, 0
+        for number, texts, ends_pass in self._texts(start):
             order = np.random.default_rng([self.seed, 2, number]).permutation(len(texts))[rank::world_size]
-            ids = [ids for ids in self.encoder.texts([texts[i] for i in order]) if len(ids)]
-            documents = _Documents([document_ids(self.encoder, piece) for piece in ids])
-            blocks = Blocks(documents, np.arange(len(documents.ids)), self.max_length)
+            blocks = _Documents(self.encoder, (texts[i] for i in order)).blocks(self.max_length)
             count = distributed.minimum(len(blocks))
             shuffled = np.random.default_rng([self.seed, 3, number]).permutation(len(blocks))[:count]
             yield number, [blocks[int(i)] for i in shuffled]
+            given += count
+            if self.bad.count > skipped:
+                skipped = self.bad.count
+                print(f"{self.name}: {skipped} bad rows skipped so far", flush=True)
+            if ends_pass and not given:
+                raise UserError(f"dataset_name={self.name!r}: a whole pass over it gave nothing to train on every rank")
 
-    def _texts(self, start: int) -> Iterator[tuple[int, list[str]]]:
-        """The documents to train on of each window, from number `start` on; those before are read past."""
-        number, fraction = 0, self.config.eval_fraction
-        for is_first_pass in itertools.chain([True], itertools.repeat(False)):
+    def _texts(self, start: int) -> Iterator[tuple[int, list[str], bool]]:
+        """The documents to train on of each window from number `start` on, and whether it is the last of a pass.
+
+        Windows before `start` are read past.
+        """
+        number = 0
+        while True:
             rows = stream_rows(self.name, self.source, "text", self.bad)
-            while window := list(itertools.islice(rows, self.config.shuffle_window)):
-                if number >= start:
-                    yield number, [t for t in self.documents(window) if not is_held_out(prompt_hash(t), fraction)]
-                number += 1
-            if is_first_pass and not number:
+            window = list(itertools.islice(rows, self.config.shuffle_window))
+            if not window:
                 raise UserError(f"dataset_name={self.name!r}: split {self.source.split!r} has no rows")
+            while window:
+                following = list(itertools.islice(rows, self.config.shuffle_window))
+                if number >= start:
+                    yield number, list(self._to_train_on(window)), not following
+                number, window = number + 1, following
 
-    def documents(self, rows: Iterable[Row]) -> Iterator[str]:
-        """The text of each row that has one."""
+    def _to_train_on(self, rows: Iterable[Row]) -> Iterator[str]:
         for row in rows:
             text = document_text(row, self.source.text_field or "text", self.bad)
-            if text:
+            if text is None:
+                continue
+            key = prompt_hash(text)
+            if key not in self.held_out and not is_held_out(key, self.config.eval_fraction):
                 yield text
 
     def fingerprint(self) -> str:
-        """What decides the stream, but for rows that change at the source while it is read."""
+        """What decides the stream; its first window stands for the rows."""
+        _, texts, _ = next(self._texts(0))
         settings = self.config.model_dump_json(exclude={"eval_split"})
-        return fingerprint_of(settings, tokenizer_fingerprint(self.encoder.tokenizer), preparation_version(), str(self.seed))
+        ends = str((self.max_length, self.seed, self.encoder.document_start, self.encoder.document_end))
+        return fingerprint_of(settings, ends, tokenizer_fingerprint(self.encoder.tokenizer), preparation_version(), *texts)
 
 
 def prepare_stream(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int, seed: int) -> PreparedData:
-    """A stream to train on; what is held out of its first window (or of the first window of `eval_split`), to evaluate on."""
-    stream = DocumentStream(config, encoder, max_length, seed)
-    return PreparedData(stream, _held_out(stream), {"streaming": 1})
+    """A stream to train on; what is held out of its first window (or the first window of `eval_split`), to evaluate on."""
+    return PreparedData(
+        DocumentStream(config, encoder, max_length, seed), _held_out(config, encoder, max_length), {"streaming": 1}
+    )
 
 
-def _held_out(stream: DocumentStream) -> Mixture:
-    config = stream.config
+def _held_out(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int) -> Mixture:
     if config.eval_split is None and not config.eval_fraction:
         return Mixture((InMemory([]),), (1.0,))
-    source = stream.source if config.eval_split is None else stream.source.model_copy(update={"split": config.eval_split})
-    texts = stream.documents(itertools.islice(stream_rows(stream.name, source, "text", stream.bad), config.shuffle_window))
-    kept = [t for t in texts if config.eval_split is not None or is_held_out(prompt_hash(t), config.eval_fraction)]
-    documents = _Documents([document_ids(stream.encoder, ids) for ids in stream.encoder.texts(kept) if len(ids)])
-    return Mixture((Blocks(documents, np.arange(len(documents.ids)), stream.max_length),), (1.0,))
+    texts = document_texts(config, config.eval_split, config.shuffle_window)
+    kept = (t for t in texts if config.eval_split is not None or is_held_out(prompt_hash(t), config.eval_fraction))
+    return Mixture((_Documents(encoder, kept).blocks(max_length),), (1.0,))

@@ -24,6 +24,8 @@ PATTERNS = (GPT2, QWEN2, LLAMA3)
 
 MOST_WORDS = 500_000
 """Words remembered: about 120 MB. The rarer ones that come after are encoded each time."""
+MOST_LETTERS = 64
+"""Of a word that is remembered. Text without spaces is one long word, which hardly comes again."""
 
 # A stretch begins with white space (or the text) and goes on to the next space that follows something else. A line feed may end
 # a piece of punctuation (Qwen, Llama 3), so it never begins a stretch.
@@ -63,9 +65,9 @@ class WordCache:
         missing = list(set().union(*words_of).difference(self.known))
         new = {word: ids.tobytes() for word, ids in zip(missing, self._own(missing), strict=True)}
         if len(self.known) < MOST_WORDS:
-            self.known.update(new)
-            return self.known.__getitem__
-        return {**new, **{word: self.known[word] for words in words_of for word in words if word not in new}}.__getitem__
+            self.known.update((word, ids) for word, ids in new.items() if len(word) <= MOST_LETTERS)
+        known = self.known
+        return lambda word: known.get(word) or new[word]
 
     def _own(self, texts: list[str]) -> list[np.ndarray]:
         """The tokenizer's own way, in parallel."""

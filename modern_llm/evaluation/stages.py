@@ -43,9 +43,9 @@ def held_out(config: PipelineConfig, checkpoint: Path) -> HeldOut:
         every = held_out_blocks(config.pretrain.data, encoder.encoder, max_length)
         blocks = [every[i] for i in range(min(len(every), limits.max_blocks))]
     if config.sft is not None and config.sft.data.dataset_name == VILLAGE_NAME:
-        questions = held_out_rows(config.sft.data)[: limits.max_questions]
+        questions = held_out_rows(config.sft.data, encoder)[: limits.max_questions]
     if config.dpo is not None:
-        pairs = held_out_pairs(config.dpo.data)[: limits.max_pairs]
+        pairs = held_out_pairs(config.dpo.data, encoder)[: limits.max_pairs]
     return HeldOut(blocks, pairs, questions, length_baselines(pairs, encoder) if pairs else {})
 
 

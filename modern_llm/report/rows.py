@@ -12,18 +12,25 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modern_llm.config import InstructionDatasetConfig, PipelineConfig, PreferenceDatasetConfig, UserError
+from modern_llm.config.data import DatasetConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.instruction_datasets import chats_of, prepare_instructions, within_limit
+from modern_llm.data.instruction_datasets import chat_key, chats_of, prepare_instructions, within_limit
 from modern_llm.data.lint import Lint
 from modern_llm.data.lm_datasets import prepare_documents, training_texts
-from modern_llm.data.preference_datasets import encode_whole, pairs_of, prepare_preferences, within_limits
+from modern_llm.data.preference_datasets import (
+    encode_whole,
+    is_over,
+    pair_key,
+    pairs_of,
+    prepare_preferences,
+    within_limits,
+)
 from modern_llm.data.prepared import Mixture, PreparedData, segment_arrays
 from modern_llm.data.readers import BadRows
-from modern_llm.data.sources import Source, open_source
+from modern_llm.data.sources import Source, is_held_out, open_source
 from modern_llm.data.store import CUT_START
-from modern_llm.data.streaming import prepare_stream
 from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_tokenizer, train_tokenizer
 
 LEGEND = {"trained": "bold green", "context": "dim", "cut": "red strike"}
@@ -88,8 +95,9 @@ def _prepare(config: PipelineConfig, stage: Stage, tokenizer: PreTrainedTokenize
     if stage == "pretrain":
         assert config.pretrain is not None
         data, length = config.pretrain.data, config.pretrain.data.max_length or config.pretrain.model.max_seq_len
-        prepare = prepare_stream if data.streaming else prepare_documents
-        prepared = prepare(data, TextEncoder(tokenizer), length, config.seed)
+        train = config.pretrain.train
+        seed = train.seed if "seed" in train.model_fields_set else config.seed
+        prepared = prepare_documents(data, TextEncoder(tokenizer), length, seed)
         return prepared, _blocks(prepared)
     encoder = ChatEncoder(tokenizer)
     if stage == "sft":
@@ -119,32 +127,41 @@ def _sources(config: InstructionDatasetConfig | PreferenceDatasetConfig, kind: s
 def _chats(config: InstructionDatasetConfig, encoder: ChatEncoder) -> Iterator[Shown]:
     bad = BadRows(skip=config.on_bad_row == "skip")
     for source in _sources(config, "instructions"):
-        for _, row, chat in chats_of(source, config, bad, {"rows_read": 0}):
-            parts = encoder.chat(chat.messages, chat.tools)
+        for found in chats_of(source, config, encoder, bad, {"rows_read": 0}):
+            (parts,) = encoder.encode([(found.chat, found.plan)])
             ids, scored = segment_arrays([(part.ids, part.scored) for part in parts])
             kept = within_limit(parts, config)
+            place = found.row.place + _held_out(config, chat_key(found.chat))
             if isinstance(kept, str):
-                yield Shown(f"{row.place}: dropped, {kept.replace('_', ' ')}", ids, ["cut"] * len(ids))
+                yield Shown(f"{place}: dropped, {kept.replace('_', ' ')}", ids, ["cut"] * len(ids))
                 continue
             (kept_ids, _), flags = kept
             first = len(ids) - len(kept_ids) if flags & CUT_START else 0
-            yield Shown(row.place, ids, _kinds(scored, first, first + len(kept_ids)))
+            yield Shown(place, ids, _kinds(scored, first, first + len(kept_ids)))
 
 
 def _pairs(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder) -> Iterator[Shown]:
     bad = BadRows(skip=config.on_bad_row == "skip")
     for source in _sources(config, "preferences"):
-        for _, row, pair in pairs_of(source, config, Lint(config.lint, {}), bad, {"rows_read": 0}):
-            whole = encode_whole(pair, encoder)
+        lint = Lint(config.lint, {})
+        for found in pairs_of(source, config, encoder, lint, bad, {"rows_read": 0}):
+            whole = encode_whole(found.pair, encoder)
             kept = within_limits(whole, dpo, config.truncation)
+            if is_over(whole, dpo) and not lint.verdict("over_limit", found.row.place):
+                kept = "over_limit"
+            place = found.row.place + _held_out(config, pair_key(found.pair))
             for side, name in ((1, "chosen"), (2, "rejected")):
                 prompt, answer = whole[0], whole[side]
                 ids, scored = np.array([*prompt, *answer]), np.arange(len(prompt) + len(answer)) >= len(prompt)
                 if isinstance(kept, str):
-                    yield Shown(f"{row.place}, {name}: dropped, {kept.replace('_', ' ')}", ids, ["cut"] * len(ids))
+                    yield Shown(f"{place}, {name}: dropped, {kept.replace('_', ' ')}", ids, ["cut"] * len(ids))
                     continue
                 first = len(prompt) - len(kept[0][0])
-                yield Shown(f"{row.place}, {name}", ids, _kinds(scored, first, len(prompt) + len(kept[0][side])))
+                yield Shown(f"{place}, {name}", ids, _kinds(scored, first, len(prompt) + len(kept[0][side])))
+
+
+def _held_out(config: DatasetConfig, key: int) -> str:
+    return " (held out)" if is_held_out(key, config.eval_fraction) else ""
 
 
 def _kinds(scored: np.ndarray, first: int, behind: int) -> list[str]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from modern_llm import distributed
 from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, TrainingConfig
 from modern_llm.data.lm_datasets import prepare_documents, training_texts
-from modern_llm.data.streaming import prepare_stream
 from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_tokenizer, train_tokenizer
 from modern_llm.models.build import build_model
 from modern_llm.objectives import LanguageModelingObjective
@@ -45,7 +44,6 @@ def run_training(
         else:
             tokenizer = load_tokenizer(tokenizer_name)
         model = build_model(model_config, tokenizer, train_config.seed)
-        prepare = prepare_stream if dataset_config.streaming else prepare_documents
         max_length = dataset_config.max_length or model_config.max_seq_len
         return train_stage(
             stage="pretrain",
@@ -54,7 +52,7 @@ def run_training(
             model=model,
             tokenizer=tokenizer,
             tokenizer_name=tokenizer_name or "trained",
-            data=prepare(dataset_config, TextEncoder(tokenizer), max_length, train_config.seed),
+            data=prepare_documents(dataset_config, TextEncoder(tokenizer), max_length, train_config.seed),
             objective=LanguageModelingObjective(),
         )
 

@@ -1,13 +1,15 @@
 """Chats as ids: only the assistant's words and their end token count, and generation starts from what training saw."""
 
 import pytest
+from helpers import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from modern_llm.config import UserError
+from modern_llm.config import InstructionDatasetConfig, UserError
 from modern_llm.data.chat import ChatEncoder, ChatPart
+from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.messages import Message, RowError
 from modern_llm.data.tokenizer import CHATML, load_tokenizer, train_tokenizer, with_chat_template
 
@@ -396,3 +398,45 @@ def test_a_megabyte_of_text_comes_back(minimind) -> None:
     text = "\0 <|im_end|> naïve 🙂 漢字\r\n" * 40_000
     assert len(text.encode()) > 1_000_000
     assert minimind.tokenizer.decode(minimind.encoder.text(text)) == text
+
+
+# What templates do beyond showing words
+
+
+def test_a_template_without_end_tokens_takes_no_opening_for_an_end(tokenizer) -> None:
+    """`<|im_start|>user` behind an answer opens the next turn and ends nothing."""
+    template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '\\n' }}{% endfor %}"
+    encoder = with_template(tokenizer, template + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    assert read(encoder, scored(encoder.chat(CHAT))) == "Anna.Bob does.<|endoftext|>"
+
+
+THOUGHTLESS = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+
+
+def test_words_that_the_template_takes_out_stay_and_are_counted(tokenizer, tmp_path) -> None:
+    """Templates of reasoning models drop the thoughts of earlier turns; the row is trained on with them."""
+    encoder = with_template(tokenizer, THOUGHTLESS)
+    assert encoder.chat(CHAT)
+    assert read(encoder, scored(encoder.chat([user("a"), assistant("<think>x</think>b")]))) == "<think>x</think>b<|im_end|>"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": w} for w in ("<think>x</think>b", "b")])
+    report = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path)), encoder).report
+    assert report["found_text_that_the_template_rewrites"] == 1
+    flattening = CHATML.replace("message['content']", "message['content'] | replace('\\n', ' ')")
+    with pytest.raises(UserError, match="line breaks"):
+        with_template(tokenizer, flattening).chat(CHAT)
+
+
+def test_the_day_of_training_changes_no_token(tokenizer) -> None:
+    encoder = with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    assert read(encoder, flat(encoder.chat(CHAT))).startswith("2024-07-26\n<|im_start|>user")
+
+
+def test_a_chat_cut_within_what_the_template_writes_is_dropped(tmp_path, encoders) -> None:
+    """Trap 20: only a thought that the template opens would be left to learn."""
+    encoder = encoders["thinking"]
+    rows = [{"prompt": "Who bakes?", "completion": "Anna."}, {"prompt": "a", "completion": "b"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    prompt = len(encoder.prompt([user("Who bakes?")]))
+    data = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path), max_length=prompt + 2), encoder)
+    assert [example.row for example in data.train] == [1]
+    assert data.report["dropped_because_prompt_fills_max_length"] == 1

@@ -161,7 +161,7 @@ def test_no_question_is_on_both_sides_whatever_follows_it(folder, encoder, quest
     ]
     path = write_jsonl(folder / "split.jsonl", rows)
     config = InstructionDatasetConfig(dataset_name=str(path), eval_fraction=fraction)
-    held_out = {row["messages"][0]["content"].strip() for row in held_out_rows(config)}
+    held_out = {row["messages"][0]["content"].strip() for row in held_out_rows(config, encoder)}
     try:
         data = prepare_instructions(config, encoder)
     except UserError:

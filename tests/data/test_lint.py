@@ -59,3 +59,22 @@ def test_how_often_the_longer_answer_is_the_chosen_one_is_counted(tmp_path, enco
     config = PreferenceDatasetConfig(dataset_name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     report = prepare_preferences(config, DPOConfig(), encoder).report
     assert (report["longer_answer_chosen"], report["shorter_answer_chosen"]) == (2, 1)
+
+
+def test_a_row_that_was_dropped_makes_no_later_one_a_duplicate(tmp_path, encoder) -> None:
+    rows = [
+        {"chosen": HH.format("a", "b"), "rejected": HH.format("other", "c")},
+        {"chosen": HH.format("a", "b"), "rejected": HH.format("a", "c")},
+    ]
+    config = PreferenceDatasetConfig(dataset_name=str(write_jsonl(tmp_path / "rows.jsonl", rows)), lint={"duplicate": "drop"})
+    assert [pair.row for pair in prepare_preferences(config, DPOConfig(), encoder).train] == [1]
+
+
+def test_a_contradiction_stays_one_however_often_it_is_said(tmp_path, encoder) -> None:
+    one, other = {"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "a", "chosen": "y", "rejected": "x"}
+    config = PreferenceDatasetConfig(
+        dataset_name=str(write_jsonl(tmp_path / "rows.jsonl", [one, other, other])), lint={"contradiction": "drop"}
+    )
+    data = prepare_preferences(config, DPOConfig(), encoder)
+    assert [pair.row for pair in data.train] == [0]
+    assert data.report["dropped_because_contradiction"] == 2

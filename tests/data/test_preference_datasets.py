@@ -218,7 +218,7 @@ def test_no_prompt_is_on_both_sides(folder, encoder, questions, fraction) -> Non
     ]
     path = write_jsonl(folder / "split.jsonl", rows)
     config = PreferenceDatasetConfig(dataset_name=str(path), eval_fraction=fraction)
-    held_out = {pair.prompt[0]["content"].strip() for pair in held_out_pairs(config)}
+    held_out = {pair.prompt[0]["content"].strip() for pair in held_out_pairs(config, encoder)}
     try:
         data = prepare_preferences(config, DPOConfig(), encoder)
     except UserError:
@@ -257,7 +257,7 @@ def test_a_prompt_of_the_eval_split_is_not_trained_on(tmp_path, encoder) -> None
     config = PreferenceDatasetConfig(dataset_name=str(tmp_path), eval_split="test")
     data = prepare_preferences(config, DPOConfig(), encoder)
     assert [rows["train"][pair.row]["prompt"] for pair in data.train] == ["a", "b"]
-    assert [pair.prompt[0]["content"] for pair in held_out_pairs(config)] == ["c", "d"]
+    assert [pair.prompt[0]["content"] for pair in held_out_pairs(config, encoder)] == ["c", "d"]
     assert data.report["dropped_because_held_out_too"] == 1
     assert data.report["eval_examples"] == 2
 

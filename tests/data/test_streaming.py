@@ -7,6 +7,7 @@ import pytest
 from helpers import write_jsonl
 
 from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, TrainingConfig, UserError
+from modern_llm.data.lm_datasets import training_texts
 from modern_llm.data.loader import Position, steps
 from modern_llm.data.streaming import prepare_stream
 from modern_llm.training.train_lm import run_training
@@ -122,3 +123,51 @@ def test_several_sources_cannot_be_streamed(config, encoder) -> None:
     two = config.model_copy(update={"dataset_name": {config.dataset_name: 1.0, "b.jsonl": 1.0}})
     with pytest.raises(UserError, match="streaming reads one source"):
         prepare_stream(two, encoder.encoder, 16, 0)
+
+
+def test_documents_of_the_eval_split_are_never_streamed(tmp_path, encoder) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in DOCUMENTS])
+    write_jsonl(tmp_path / "test.jsonl", [{"text": f" {text}"} for text in DOCUMENTS[:5]])
+    config = LanguageModelingDatasetConfig(dataset_name=str(tmp_path), eval_split="test", streaming=True, shuffle_window=8)
+    data = prepare_stream(config, encoder.encoder, 4096, 0)  # a window is one block
+    windows = itertools.islice(data.train.windows(0, 0, 1), 3)
+    text = " ".join(encoder.tokenizer.decode(s.ids) for _, blocks in windows for b in blocks for s in b.segments)
+    assert all(f"document {n} says" not in text for n in range(5))
+    assert all(f"document {n} says" in text for n in range(5, 23))
+    assert len(data.evaluation) > 0
+
+
+@pytest.mark.parametrize("rows", [[{"text": ""}] * 20, [{"txt": "a"}] * 3])
+def test_a_stream_that_gives_nothing_says_so(tmp_path, encoder, rows) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = LanguageModelingDatasetConfig(dataset_name=str(path), streaming=True, shuffle_window=8, on_bad_row="skip")
+    with pytest.raises(UserError, match="a whole pass over it gave nothing"):
+        next(steps(prepare_stream(config, encoder.encoder, 16, 0).train, 2, 2, 0))
+
+
+def test_other_data_or_lengths_make_another_stream(config, tmp_path, encoder) -> None:
+    def fingerprint(length: int = 16) -> str:
+        return prepare_stream(config.model_copy(update={"eval_fraction": 0.5}), encoder.encoder, length, 0).fingerprint()
+
+    before = fingerprint()
+    assert fingerprint() == before
+    assert fingerprint(17) != before
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": text.replace("d", "D")} for text in DOCUMENTS])
+    assert fingerprint() != before
+
+
+def test_a_tokenizer_for_a_stream_is_trained_without_storing_anything(config, cache) -> None:
+    before = set(cache.rglob("*"))
+    assert len(list(training_texts(config))) == 8  # the first window
+    assert set(cache.rglob("*")) == before
+
+
+def test_a_bad_row_of_a_stream_is_named_or_skipped(tmp_path, encoder, capsys) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "one two three"}, {"text": 3}])
+    config = LanguageModelingDatasetConfig(dataset_name=str(path), streaming=True)
+    with pytest.raises(UserError, match="line 2: column 'text' must be text, not int"):
+        next(steps(prepare_stream(config, encoder.encoder, 16, 0).train, 2, 2, 0))
+    found = steps(prepare_stream(config.model_copy(update={"on_bad_row": "skip"}), encoder.encoder, 16, 0).train, 2, 2, 0)
+    assert next(found).after == Position(1, 0)
+    assert next(found).after == Position(2, 0)
+    assert "1 bad rows skipped so far" in capsys.readouterr().out

@@ -116,3 +116,9 @@ def test_real_texts_have_the_ids_that_the_tokenizer_gives(shared_data: Path) -> 
     assert encoder._words.applies
     fast = encoder.texts(pieces)
     assert np.concatenate(fast).tolist() == [i for piece in pieces for i in encoder.text(piece)]
+
+
+def test_a_text_without_spaces_is_not_remembered() -> None:
+    cache = WordCache(TOKENIZERS["gpt2"])
+    check(cache, ["漢字" * 100 + " ab", "漢字" * 100])
+    assert set(cache.known) == {" ab"}
