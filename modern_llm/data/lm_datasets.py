@@ -1,5 +1,6 @@
 """Documents for pretraining, as blocks without padding in which documents keep their borders."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -27,7 +28,7 @@ from modern_llm.data.tokenizer import TextEncoder, tokenizer_fingerprint
 __all__ = ["LanguageModelingDatasetConfig", "prepare_documents", "training_texts"]
 
 CHARACTERS_AT_ONCE = 1_000_000
-"""Text tokenized in one parallel call; bounds the memory."""
+"""Text tokenized in one call; bounds the memory."""
 
 
 def training_texts(config: LanguageModelingDatasetConfig) -> Iterator[str]:
@@ -74,23 +75,27 @@ def _build(
     encoder: TextEncoder, config: SourceConfig, source: Source, writer: StoreWriter, bad: BadRows, report: Report
 ) -> None:
     field = config.text_field or "text"
-    waiting: list[tuple[int, str]] = []
-    characters = 0
+    read: deque[list[tuple[int, str]]] = deque()  # what is being encoded
 
-    def flush() -> None:
-        for (number, text), ids in zip(waiting, encoder.texts([text for _, text in waiting]), strict=True):
-            if not len(ids):
-                count(report, "dropped_because_empty")
+    def batches() -> Iterator[list[str]]:
+        batch: list[tuple[int, str]] = []
+        characters = 0
+        for number, row in read_rows(source, bad, report, "documents"):
+            text = document_text(row, field, bad)
+            if text is None:
                 continue
-            writer.add([(document_ids(encoder, ids), None)], number, prompt_hash(text), ENDS_WITH_END_TOKEN)
+            batch.append((number, text))
+            characters += len(text)
+            if characters >= CHARACTERS_AT_ONCE:
+                read.append(batch)
+                yield [text for _, text in batch]
+                batch, characters = [], 0
+        read.append(batch)
+        yield [text for _, text in batch]
 
-    for number, row in read_rows(source, bad, report, "documents"):
-        text = document_text(row, field, bad)
-        if text is None:
-            continue
-        waiting.append((number, text))
-        characters += len(text)
-        if characters >= CHARACTERS_AT_ONCE:
-            flush()
-            waiting, characters = [], 0
-    flush()
+    for encoded in encoder.batches(batches()):
+        for (number, text), ids in zip(read.popleft(), encoded, strict=True):
+            if len(ids):
+                writer.add([(document_ids(encoder, ids), None)], number, prompt_hash(text), ENDS_WITH_END_TOKEN)
+            else:
+                count(report, "dropped_because_empty")

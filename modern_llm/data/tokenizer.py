@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from modern_llm.checkpoint import atomic_folder, read_manifest
 from modern_llm.config import UserError
+from modern_llm.data.encoder_workers import CHARACTERS_BEFORE_WORKERS, encode_batches
 from modern_llm.data.word_cache import WordCache
 from modern_llm.hub import hub
 
@@ -190,6 +191,15 @@ class TextEncoder:
     def texts(self, texts: list[str]) -> list[np.ndarray]:
         """`text` of many, each (tokens,) int32."""
         return self._words.encode(texts)
+
+    def batches(self, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
+        """`texts` of batch after batch; once there was much text, in several processes."""
+        batches, characters = iter(batches), 0
+        for batch in batches:
+            yield self.texts(batch)
+            characters += sum(map(len, batch))
+            if characters >= CHARACTERS_BEFORE_WORKERS:
+                yield from encode_batches(self._plain, batches)
 
     def control(self, text: str) -> list[int]:
         """Ids of a piece of a chat template."""
