@@ -95,14 +95,19 @@ class LanguageModelingDatasetConfig(DatasetConfig):
     streaming: bool = False
     """Read and tokenize while training, for text larger than memory and disk: nothing is stored, and the order is shuffled
     within a window only. Needs `max_steps`."""
-    shuffle_window: PositiveInt = 10_000
-    """Documents shuffled among each other, with `streaming`."""
+    shuffle_window: PositiveInt | None = None
+    """Documents shuffled among each other, with `streaming`. None: 10,000."""
 
     @model_validator(mode="after")
     def _window_needs_streaming(self) -> Self:
-        if "shuffle_window" in self.model_fields_set and not self.streaming:
+        if self.shuffle_window is not None and not self.streaming:
             raise ValueError("shuffle_window is for streaming: stored documents are shuffled as a whole")
         return self
+
+    @property
+    def window(self) -> int:
+        """Documents of a window of a stream."""
+        return self.shuffle_window or 10_000
 
 
 class InstructionDatasetConfig(DatasetConfig):

@@ -96,11 +96,11 @@ class DocumentStream:
         number = 0
         while True:
             rows = stream_rows(self.name, self.source, "text", self.bad)
-            window = list(itertools.islice(rows, self.config.shuffle_window))
+            window = list(itertools.islice(rows, self.config.window))
             if not window:
                 raise UserError(f"dataset_name={self.name!r}: split {self.source.split!r} has no rows")
             while window:
-                following = list(itertools.islice(rows, self.config.shuffle_window))
+                following = list(itertools.islice(rows, self.config.window))
                 if number >= start:
                     yield number, list(self._to_train_on(window)), not following
                 number, window = number + 1, following
@@ -132,6 +132,6 @@ def prepare_stream(config: LanguageModelingDatasetConfig, encoder: TextEncoder, 
 def _held_out(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int) -> Mixture:
     if config.eval_split is None and not config.eval_fraction:
         return Mixture((InMemory([]),), (1.0,))
-    texts = document_texts(config, config.eval_split, config.shuffle_window)
+    texts = document_texts(config, config.eval_split, config.window)
     kept = (t for t in texts if config.eval_split is not None or is_held_out(prompt_hash(t), config.eval_fraction))
     return Mixture((_Documents(encoder, kept).blocks(max_length),), (1.0,))
