@@ -86,11 +86,12 @@ class PreferenceObjective:
 
     def __call__(self, policy: Policy, row: PackedRow) -> Outcome:
         chosen, rejected = answer_logprobs(policy, row)
+        tokens = answer_tokens(row).to(chosen.dtype)
         with torch.no_grad():
             reference_chosen, reference_rejected = answer_logprobs(self.reference, row)
         chosen_ratio, rejected_ratio = chosen - reference_chosen, rejected - reference_rejected
-        loss_function = getattr(preference, self.config.loss_type)
-        losses = loss_function(chosen_ratio, rejected_ratio, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
+        pairs = preference.PairScores(chosen_ratio, rejected_ratio, tokens[0::2], tokens[1::2])
+        losses = getattr(preference, self.config.loss_type)(pairs, **self.config.loss_arguments())
         chosen_rewards, rejected_rewards = self.config.beta * chosen_ratio, self.config.beta * rejected_ratio
         margins = (chosen_rewards - rejected_rewards).detach()
         values = {
@@ -107,9 +108,15 @@ class PreferenceObjective:
         )
 
 
+def answer_tokens(row: PackedRow) -> Tensor:
+    """Scored tokens of each segment, (segments,) int64."""
+    return torch.bincount(row.target_segments, minlength=row.num_segments)
+
+
 def answer_logprobs(policy: Policy, row: PackedRow) -> tuple[Tensor, Tensor]:
     """Summed log-probs of the chosen and of the rejected answers, each (pairs,) fp32, nats."""
     logprobs = policy(row).logprobs
-    scored = torch.bincount(row.target_segments, minlength=row.num_segments)
-    sums = torch.segment_reduce(logprobs, "sum", lengths=scored, initial=0.0)  # index_add has no fixed order on a GPU
+    sums = torch.segment_reduce(
+        logprobs, "sum", lengths=answer_tokens(row), initial=0.0
+    )  # index_add has no fixed order on a GPU
     return sums[0::2], sums[1::2]
