@@ -116,7 +116,6 @@ def answer_tokens(row: PackedRow) -> Tensor:
 def answer_logprobs(policy: Policy, row: PackedRow) -> tuple[Tensor, Tensor]:
     """Summed log-probs of the chosen and of the rejected answers, each (pairs,) fp32, nats."""
     logprobs = policy(row).logprobs
-    sums = torch.segment_reduce(
-        logprobs, "sum", lengths=answer_tokens(row), initial=0.0
-    )  # index_add has no fixed order on a GPU
+    # index_add would have no fixed order on a GPU
+    sums = torch.segment_reduce(logprobs, "sum", lengths=answer_tokens(row), initial=0.0)
     return sums[0::2], sums[1::2]

@@ -70,7 +70,7 @@ def test_sigmoid_stays_finite_where_the_exponential_would_overflow() -> None:
 
 
 # Every loss. With β = ½, r_w = 2 ln 3, r_l = −2 ln 2, n_w = 4, n_l = 2: βr_w = ln 3, so σ(βr_w) = 3/4; βr_l = −ln 2, so
-# σ(βr_l) = 1/3; D = 2 ln 6 and βD = ln 6, so σ(βD) = 6/7; 1/(2β) = 1; the means differ by ½ ln 3 + ln 2, half of it is ln(2·√3)/2.
+# σ(βr_l) = 1/3; D = 2 ln 6 and βD = ln 6, so σ(βD) = 6/7; 1/(2β) = 1; the means over tokens differ by ½ ln 3 + ln 2.
 LN2, LN3 = math.log(2), math.log(3)
 MEANS = LN3 / 2 + LN2
 BY_HAND = {
