@@ -92,8 +92,21 @@ DATA = {
 DOCUMENTS = configs(
     LanguageModelingDatasetConfig, {"dataset_name": WORDS}, **DATA, document_separator=st.none() | WORDS, text_field=WORDS
 )
-CHATS = configs(InstructionDatasetConfig, {"dataset_name": WORDS}, **DATA, prompt_field=st.none() | WORDS, max_length=COUNTS)
-PAIRS = configs(PreferenceDatasetConfig, {"dataset_name": WORDS}, **DATA, chosen_field=WORDS)
+SOURCES = WORDS | st.dictionaries(
+    WORDS, RATES | st.builds(lambda w: {"weight": w, "split": "test"}, RATES), min_size=1, max_size=3
+)
+CHATS = configs(
+    InstructionDatasetConfig,
+    {"dataset_name": SOURCES},
+    **DATA,
+    max_length=COUNTS,
+    adapter=st.none() | st.sampled_from(["alpaca", "oasst"]),
+    truncation=st.sampled_from(["drop", "cut_end", "cut_prompt_start"]),
+    packing=st.booleans(),
+    on_bad_row=st.sampled_from(["fail", "skip"]),
+)
+LINT = st.fixed_dictionaries({"duplicate": st.sampled_from(["drop", "keep", "fail"])})
+PAIRS = configs(PreferenceDatasetConfig, {"dataset_name": SOURCES}, **DATA, chosen_field=WORDS, lint=LINT)
 PIPELINES = configs(
     PipelineConfig,
     {"pretrain": st.builds(lambda m, t, d: {"model": m, "train": t, "data": d}, MODELS, TRAINING, DOCUMENTS)},
