@@ -173,3 +173,17 @@ def test_true_is_not_a_number(field) -> None:
     """`seed: yes` is True in YAML; taking it as 1 would be a silent conversion."""
     with pytest.raises(ValidationError, match=field):
         TrainingConfig(**{field: True})
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"a.jsonl": 0.5, "b.jsonl": -1}, "dataset_name.b.jsonl: Input should be greater than 0 (got -1)"),
+        ({"a.jsonl": {"wight": 2}}, "dataset_name.a.jsonl: unknown field 'wight' in SourceConfig; did you mean 'weight'?"),
+        ({"a.jsonl": {"weight": 0}}, "dataset_name.a.jsonl.weight: Input should be greater than 0 (got 0)"),
+    ],
+)
+def test_a_mistake_in_a_mixture_is_one_line_that_names_the_source(names, expected) -> None:
+    with pytest.raises(ValidationError) as refused:
+        LanguageModelingDatasetConfig(dataset_name=names)
+    assert explain(refused.value) == expected
