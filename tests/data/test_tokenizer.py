@@ -7,7 +7,7 @@ import pytest
 from helpers import SENTENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.checkpoint import write_manifest
@@ -274,3 +274,25 @@ def test_the_same_size_with_another_order_is_another_tokenizer(checkpoint, tmp_p
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="is not the tokenizer of"):
         checkpoint_tokenizer(checkpoint, str(tmp_path / "other"), "field")
+
+
+# Trap 33
+
+
+def test_an_added_token_that_is_not_special_stays_text_too(tokenizer) -> None:
+    """`split_special_tokens=True` of transformers leaves these in: asked to see no token in `<think>`, it sees one."""
+    copy = copy_of(tokenizer)
+    copy.add_tokens(["<think>"])
+    thought = copy.convert_tokens_to_ids("<think>")
+    assert thought in copy("a <think> b", split_special_tokens=True)["input_ids"]
+    ids = TextEncoder(copy).text("a <think> b")
+    assert thought not in ids
+    assert copy.decode(ids) == "a <think> b"
+
+
+def test_a_tokenizer_that_normalises_gives_back_the_normalised_text(tokenizer) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    composing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token)
+    assert composing.decode(TextEncoder(composing).text("e\u0301")) == "\u00e9"
+    assert tokenizer.decode(TextEncoder(tokenizer).text("e\u0301")) == "e\u0301"
