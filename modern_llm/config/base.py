@@ -53,25 +53,25 @@ class StrictModel(BaseModel):
 
 def explain(error: ValidationError, source: str = "") -> str:
     """One line for each problem of a pydantic error: `source: field.sub: message (got value)`."""
-    problems = [(_place(problem["loc"]), problem) for problem in error.errors()]
-    real = [place for place, problem in problems if problem["type"] not in _WRONG_KIND]
+    problems = [(_path(problem["loc"]), problem) for problem in error.errors()]
+    real = [path for path, problem in problems if problem["type"] not in _WRONG_KIND]
     lines = []
-    for place, problem in problems:
-        if problem["type"] in _WRONG_KIND and any(other.startswith(place) for other in real):
+    for path, problem in problems:
+        if problem["type"] in _WRONG_KIND and any(other[: len(path)] == path for other in real):
             continue  # a value may be of several kinds, and was meant as another one
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
             message = "is required and was not given"
         elif problem["type"] != "value_error":
             message = f"{message} (got {problem['input']!r})"
-        lines.append(": ".join(part for part in (source, place, message) if part))
+        lines.append(": ".join(part for part in (source, ".".join(path), message) if part))
     return "\n".join(lines)
 
 
 _WRONG_KIND = {"string_type", "dict_type", "float_type", "model_type"}
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
+def _path(loc: tuple[int | str, ...]) -> list[str]:
     """A problem's path without the kinds that pydantic puts between the fields where a value may be of several."""
     kinds = {"str", "constrained-float", "SourceConfig"}
-    return ".".join(str(part) for part in loc if part not in kinds and not str(part).startswith("dict["))
+    return [str(part) for part in loc if part not in kinds and not str(part).startswith("dict[")]

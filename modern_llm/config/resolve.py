@@ -78,6 +78,8 @@ def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dic
             part = (micro or accumulation or 1) * world_size
             batch = math.ceil(default_batch / part) * part
     if config.micro_batch_tokens is not None:
+        if batch % world_size:
+            raise UserError(f"batch_size={batch} is not a multiple of the {world_size} ranks: change it")
         return {"batch_size": batch}
     if micro is None and accumulation is None:
         per_rank = max(1, batch // world_size)

@@ -93,14 +93,14 @@ def pairs_of(
         try:
             found = read_pair(row.values, config)
             plan = encoder.plan(_as_chat(found.pair, found.pair.chosen)) if isinstance(found, PairRow) else ()
-            if isinstance(found, PairRow):
-                encoder.plan(_as_chat(found.pair, found.pair.rejected))
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
         if not isinstance(found, PairRow):
             count(report, f"dropped_because_{found}")
         elif lint.keeps(found.pair, found.prompts_differ, row.place):
+            if any(encoder.rewrites(_as_chat(found.pair, answer)) for answer in (found.pair.chosen, found.pair.rejected)):
+                count(report, "found_text_that_the_template_rewrites")
             yield FoundPair(number, row, found.pair, plan)
 
 

@@ -198,3 +198,11 @@ def test_an_option_of_an_optimizer_that_the_stage_does_not_use_is_refused(stage)
     with pytest.raises(UserError, match="muon_learning_rate"):
         resolve(TrainingConfig(muon_learning_rate=0.01), stage)
     assert resolve(TrainingConfig(muon_learning_rate=0.01, optimizer="muon"), stage).muon_learning_rate == 0.01
+
+
+def test_micro_batches_of_tokens_still_share_the_batch_evenly() -> None:
+    """A stream gives each rank its share, so 10 examples on 4 ranks would be 8, and 2 on 4 none."""
+    assert resolve(TrainingConfig(batch_size=8, micro_batch_tokens=100), "sft", world_size=4).batch_size == 8
+    for batch_size in (2, 10):
+        with pytest.raises(UserError, match=f"batch_size={batch_size} is not a multiple of the 4 ranks"):
+            resolve(TrainingConfig(batch_size=batch_size, micro_batch_tokens=100), "sft", world_size=4)

@@ -187,3 +187,10 @@ def test_a_mistake_in_a_mixture_is_one_line_that_names_the_source(names, expecte
     with pytest.raises(ValidationError) as refused:
         LanguageModelingDatasetConfig(dataset_name=names)
     assert explain(refused.value) == expected
+
+
+def test_a_wrong_kind_is_told_beside_a_problem_of_a_name_that_begins_the_same() -> None:
+    with pytest.raises(ValidationError) as refused:
+        LanguageModelingDatasetConfig.model_validate({"dataset_name": {"a": [1], "a.jsonl": -1}})
+    assert "dataset_name.a: Input should be a valid number (got [1])" in explain(refused.value)
+    assert "dataset_name.a.jsonl: Input should be greater than 0 (got -1)" in explain(refused.value)

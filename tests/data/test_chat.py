@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from modern_llm.config import InstructionDatasetConfig, UserError
+from modern_llm.config import DPOConfig, InstructionDatasetConfig, PreferenceDatasetConfig, UserError
 from modern_llm.data.chat import ChatEncoder, ChatPart
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.messages import Message, RowError
+from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.tokenizer import CHATML, load_tokenizer, train_tokenizer, with_chat_template
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -420,6 +421,9 @@ def test_words_that_the_template_takes_out_stay_and_are_counted(tokenizer, tmp_p
     assert read(encoder, scored(encoder.chat([user("a"), assistant("<think>x</think>b")]))) == "<think>x</think>b<|im_end|>"
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": w} for w in ("<think>x</think>b", "b")])
     report = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path)), encoder).report
+    assert report["found_text_that_the_template_rewrites"] == 1
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "<think>x</think>c"}])
+    report = prepare_preferences(PreferenceDatasetConfig(dataset_name=str(pairs)), DPOConfig(), encoder).report
     assert report["found_text_that_the_template_rewrites"] == 1
     flattening = CHATML.replace("message['content']", "message['content'] | replace('\\n', ' ')")
     with pytest.raises(UserError, match="line breaks"):

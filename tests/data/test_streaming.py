@@ -29,12 +29,6 @@ def taught(batches) -> Counter:
     return Counter(i for batch in batches for b in batch.micro_batches for i in b.row.targets.tolist())
 
 
-def pass_of(data, world_size: int = 1, rank: int = 0) -> list:
-    """The steps of the first three windows, which are all documents."""
-    found = steps(data.train, 2 * world_size, 2, 0, rank=rank, world_size=world_size)
-    return list(itertools.takewhile(lambda step: step.after.epoch < 3, found))
-
-
 def test_a_pass_teaches_every_token_once(config, encoder) -> None:
     data = prepare_stream(config, encoder.encoder, 16, seed=0)
     found = steps(data.train, 2, 2, 0)
