@@ -130,7 +130,9 @@ def _json_lines(path: Path, file: BinaryIO, bad: BadRows) -> Iterator[Row]:
         try:
             values = json.loads(line.lstrip("\ufeff"))
         except (ValueError, RecursionError) as error:
-            bad(f"{place}: not JSON: {error}")
+            # the message's own line number is that within the line
+            why = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else error
+            bad(f"{place}: not JSON: {why}")
             continue
         if isinstance(values, dict):
             yield Row(values, place)
