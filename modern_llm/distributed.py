@@ -62,6 +62,24 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather_rows(mine: Tensor) -> tuple[Tensor, int]:
+    """The rows of every rank below each other, in rank order, and where those of this rank begin.
+
+    Args:
+        mine: (rows, width); ranks may have different numbers of rows, even none.
+    """
+    if world_size() == 1:
+        return mine, 0
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=mine.device)
+    counts[rank()] = len(mine)
+    sizes: list[int] = sum_over_ranks(counts).tolist()
+    padded = mine.new_zeros(max(sizes), mine.shape[1])
+    padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)]), sum(sizes[: rank()])
+
+
 def minimum(value: int) -> int:
     """The smallest of a number over all ranks."""
     if world_size() == 1:
@@ -89,8 +107,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         grad.copy_(part.view_as(grad))
 
 
-def wait_for_main() -> None:
-    """Wait until the main rank is here, however long its work takes: a barrier would give up after ten minutes (NCCL)."""
+def wait_for_everyone() -> None:
+    """Wait until every rank is here, however long its work takes: a barrier would give up after ten minutes (NCCL)."""
     if world_size() > 1:
         global _patient_group
         if _patient_group is None:

@@ -1,13 +1,15 @@
 """The order of the data and its cutting into optimizer steps: a pure function of the seed and two integers."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from modern_llm.data.packing import best_fit
-from modern_llm.data.prepared import Example, Mixture, Stream, epoch_order
-from modern_llm.layout import PackedRow, pack
+from modern_llm.data.prepared import Example, Mixture, Referenced, Stream, epoch_order
+from modern_llm.layout import PackedRow, num_scored, pack
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,17 @@ class MicroBatch:
 
     row: PackedRow
     counts: dict[str, int]
-    """Units in it: `tokens` scored, and `examples` (sequences or pairs)."""
+    """Units in it: `tokens` scored, `examples` (sequences or pairs), and `chosen_tokens` (scored tokens of every example's first
+    segment, which of a pair is the chosen answer)."""
     row_ids: list[int]
     """Which rows of the data it holds."""
+    reference: Tensor | None = None
+    """(examples, …) fp32: what a reference says of each, where one was asked."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device."""
+        reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
+        return replace(self, row=self.row.to(device), reference=reference)
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,20 @@ def micro_batches(
         groups = [range(i, min(i + micro_batch_size, len(examples))) for i in range(0, len(examples), micro_batch_size)]
     else:
         examples = [examples[i] for i in range(len(examples))]
-        lengths = np.array([sum(map(len, example.segments)) for example in examples], dtype=np.int64)
+        lengths = np.array([example.num_tokens for example in examples], dtype=np.int64)
         order, ends = best_fit(np.minimum(lengths, micro_batch_tokens), micro_batch_tokens)
         groups = np.split(order, ends[:-1]) if len(ends) else []
     for group in groups:
         part = [examples[i] for i in group]
         row = pack([segment for example in part for segment in example.segments])
-        yield MicroBatch(row, {"tokens": row.num_scored, "examples": len(part)}, [example.row for example in part])
+        counts = {
+            "tokens": row.num_scored,
+            "examples": len(part),
+            "chosen_tokens": sum(num_scored(example.segments[0]) for example in part),
+        }
+        known = [example.reference for example in part if example.reference is not None]
+        reference = torch.from_numpy(np.stack(known)) if known else None
+        yield MicroBatch(row, counts, [example.row for example in part], reference)
 
 
 def steps(
@@ -88,7 +105,7 @@ def steps(
         return
     epoch, index = start.epoch, start.index
     while True:
-        mixed = isinstance(examples, Mixture)
+        mixed = isinstance(examples, Mixture | Referenced)
         order = examples.epoch_order(seed, epoch) if mixed else epoch_order(len(examples), seed, epoch)
         while index < len(order):
             mine = order[index : index + batch_size][rank::world_size]

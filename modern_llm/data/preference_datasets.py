@@ -1,7 +1,7 @@
 """Pairs of answers to one prompt: both sides carry the same prompt ids, and only the answers count."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +13,7 @@ from modern_llm.data.lint import Lint
 from modern_llm.data.messages import Chat, Pair, RowError, prompt_text
 from modern_llm.data.preference_adapters import PairRow, read_pair
 from modern_llm.data.prepared import (
+    Example,
     Mixture,
     PreparedData,
     Report,
@@ -51,10 +52,23 @@ def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder
         config, "preferences", {"tokenizer": template_fingerprint(encoder.tokenizer), **limits}, encoder.encoder.vocab_size,
         False, partial(_build, config, dpo, encoder), report,
     )  # fmt: skip
-    train = [StoredExamples(s.train, s.used) for s in sources]
-    evaluation = [StoredExamples(s.evaluation, s.held_out) for s in sources]
+    train = [StoredPairs(s.train, s.used) for s in sources]
+    evaluation = [StoredPairs(s.evaluation, s.held_out) for s in sources]
     weights = [s.weight for s in sources]
     return finish(config, Mixture(train, weights), Mixture(evaluation, [1.0] * len(weights)), sources, report)
+
+
+class StoredPairs(StoredExamples):
+    """Pairs of a store. It holds the prompt with each answer; a packed row holds it once."""
+
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override] - no slices
+        example = super().__getitem__(i)
+        return replace(example, segments=sharing_prompt(*example.segments))
+
+
+def sharing_prompt(chosen: Segment, rejected: Segment) -> tuple[Segment, Segment]:
+    """The two sides of a pair, the second of which shares its prompt with the first."""
+    return chosen, replace(rejected, shared=int(rejected.scored.argmax()))
 
 
 def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> list[Pair]:
@@ -215,4 +229,4 @@ def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segme
     if isinstance(cut, str):
         raise RowError(cut.replace("_", " "))
     (prompt, chosen, rejected), _ = cut
-    return Segment(*_arrays(prompt, chosen)), Segment(*_arrays(prompt, rejected))
+    return sharing_prompt(Segment(*_arrays(prompt, chosen)), Segment(*_arrays(prompt, rejected)))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,13 @@ class Example:
     segments: tuple[Segment, ...]
     row: int
     """Where it came from: the row's number in its source (pretraining: the block's number)."""
+    reference: np.ndarray | None = None
+    """What a reference says of it, for the objective that asked for it (`modern_llm.objectives.reference`)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a packed row holds for it."""
+        return sum(len(segment) - segment.shared for segment in self.segments)
 
     @property
     def num_scored(self) -> int:
@@ -160,6 +167,36 @@ class Mixture(Sequence[Example]):
         return together[epoch_order(len(together), seed, epoch)]
 
 
+@dataclass(frozen=True)
+class Referenced(Sequence[Example]):
+    """A mixture whose examples bring what the reference says of them; everything else about it is the mixture's."""
+
+    mixture: Mixture
+    table: np.ndarray
+    """(examples, 2, 2) fp32: of the chosen and of the rejected answer, the log-prob of the whole and of its first m tokens, m the
+    length of the shorter one; nats."""
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override] - no slices
+        return replace(self.mixture[i], reference=self.table[i])
+
+    @property
+    def epoch_size(self) -> int:
+        return self.mixture.epoch_size
+
+    @property
+    def longest(self) -> int:
+        return self.mixture.longest
+
+    def fingerprint(self) -> str:
+        return self.mixture.fingerprint()
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        return self.mixture.epoch_order(seed, epoch)
+
+
 class Stream(Protocol):
     """Examples that are read while training, without end (`modern_llm.data.streaming`)."""
 
@@ -175,8 +212,8 @@ class Stream(Protocol):
 class PreparedData:
     """Training and evaluation examples of a stage."""
 
-    train: Mixture | Stream
-    evaluation: Mixture
+    train: Mixture | Referenced | Stream
+    evaluation: Mixture | Referenced
     report: Report = field(default_factory=dict)
 
     def fingerprint(self) -> str:
@@ -271,7 +308,7 @@ def prepare_sources(
 
             if distributed.is_main():
                 stored(whole_key, fill)
-            distributed.wait_for_main()
+            distributed.wait_for_everyone()
             return stored(whole_key, fill)
 
         train = store_of(None)

@@ -12,7 +12,7 @@ from modern_llm.data.messages import Pair
 from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example
 from modern_llm.models.policy import Policy
-from modern_llm.objectives import answer_logprobs
+from modern_llm.objectives.preference import answer_scores
 
 
 @torch.no_grad()
@@ -37,9 +37,8 @@ def preference_wins(
     wins: list[float] = []
     for batch in micro_batches(examples, batch_size):
         row = batch.row.to(policy.device)
-        sides = zip(answer_logprobs(policy, row), answer_logprobs(reference, row), strict=True)
-        chosen, rejected = (ours - theirs for ours, theirs in sides)
-        wins += [win(margin) for margin in (chosen - rejected).tolist()]
+        ratios = answer_scores(policy, row).whole - answer_scores(reference, row).whole
+        wins += [win(margin) for margin in (ratios[:, 0] - ratios[:, 1]).tolist()]
     return wins
 
 

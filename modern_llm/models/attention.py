@@ -2,13 +2,14 @@
 
 Registered with `AttentionInterface`, so every model that dispatches its attention through it uses this function; the mask
 function builds no mask, because what may see what is in the layout, and hands on only a layer's sliding window. The layout's
-tensors reach it as extra keyword arguments of the model call (`packed_grid`, `packed_cells`), which transformers 5.x passes
-down to the attention unchanged.
+tensors reach it as an extra keyword argument of the model call (`packed`), which transformers 5.x passes down to the attention
+unchanged.
 
-Every segment gets a line of its own in a right-padded grid. Under a causal mask a real token never sees the padding behind
-it, so no mask is needed, and only attention pays for the padding: every other layer runs on the packed row.
+Segments of like size are laid side by side in small right-padded grids (`models/grids.py`), and each grid is one batched
+product. Only attention pays for that padding: every other layer runs on the packed row. On CUDA in bf16 the kernel for
+sequences of different lengths needs no grid (`models/varlen.py`).
 
-Shapes: T tokens of the row, S segments, W longest segment, H query heads, K key heads, D channels of a head.
+Shapes: T tokens of the row, H query heads, K key heads, D channels of a head; in a grid n lines, Q queries, W keys of a line.
 """
 
 from typing import Any, Literal
@@ -18,15 +19,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from modern_llm.layout import PackedRow
+from modern_llm.models.grid_kernel import grid_attention
+from modern_llm.models.grids import Grids, lay_grids
+from modern_llm.models.varlen import Lengths, lay_lengths, varlen_attention
+
 Kernel = Literal["auto", "sdpa", "eager"]
 
 # transformers 5.23 treats a name that contains "sdpa" or "flash" as one of its own kernels, with their restrictions
 IMPLEMENTATIONS: dict[Kernel, str] = {"auto": "packed_auto", "sdpa": "packed_fused", "eager": "packed_plain"}
 
-SHORT_ON_CPU = 160
-"""On a CPU in bf16, segments up to this length are faster with plain products: the fused kernel's backward pass is slow there.
-Measured on torch 2.13 with AVX512-BF16, forward + backward: 14 against 46 ms at (79, 4, 76, 48), 28 against 58 ms at (32, 8,
-128, 64), but 32 against 29 ms at (16, 4, 256, 48) and 79 against 57 ms at (8, 4, 512, 64), shapes as (S, H, W, D)."""
+
+def attention_layout(row: PackedRow, dtype: torch.dtype, kernel: Kernel) -> Grids | Lengths:
+    """What the attention needs to know of a row, as tensors on the row's device; the same for every layer.
+
+    Args:
+        row: on its device.
+        dtype: type of the products.
+        kernel: the implementation that the model was given.
+    """
+    if row.ids.device.type == "cuda" and dtype == torch.bfloat16 and kernel == "auto":
+        return lay_lengths(row)
+    return lay_grids(row)
 
 
 def packed_attention(
@@ -35,8 +49,7 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: int | None,
-    packed_grid: Tensor,
-    packed_cells: Tensor,
+    packed: Grids | Lengths,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -52,8 +65,7 @@ def packed_attention(
         key: (1, K, T, D).
         value: (1, K, T, D).
         attention_mask: the layer's sliding window, where it has one, from the registered mask function.
-        packed_grid: (S, W) token of each cell.
-        packed_cells: (T,) cell of each token.
+        packed: the layout of the row.
         scaling: what scores are multiplied by. None: 1/√D.
         dropout: probability of dropping an attention weight.
         sliding_window: positions that a token sees, itself included. None: all before it.
@@ -63,45 +75,36 @@ def packed_attention(
     Returns:
         (1, T, H, D), and None for the weights.
     """
-    if attention_mask is not None:
-        sliding_window = attention_mask
     assert query.shape[0] == 1, "packed attention takes one row"
+    window = sliding_window if attention_mask is None else attention_mask
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
-    query, key, value = (x[0].transpose(0, 1)[packed_grid].transpose(1, 2) for x in (query, key, value))  # (S, H or K, W, D)
-    width = packed_grid.shape[1]
     implementation: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
-    window = sliding_window if sliding_window is not None and sliding_window < width else None
     beyond_fused = softcap is not None or s_aux is not None
     if beyond_fused and implementation == IMPLEMENTATIONS["sdpa"]:
         raise NotImplementedError("attention='sdpa' knows neither attention sinks nor soft caps: use 'auto' or 'eager'")
-    if not beyond_fused and _use_fused(implementation, value, width):
-        mask = None if window is None else _band(width, window, query.device)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=True
-        )
-    else:
-        mask = _band(width, width if window is None else window, query.device)
-        out = _explicit_attention(query, key, value, mask, scaling, dropout, softcap, s_aux)
-    out = out.transpose(1, 2).flatten(0, 1)[packed_cells]  # (T, H, D)
-    return out[None], None
-
-
-def _use_fused(implementation: str, value: Tensor, width: int) -> bool:
-    """Whether the fused kernel runs, where either could.
-
-    The values' type tells the precision: under autocast QK-norm leaves queries and keys in fp32 (transformers 5.23), and the
-    products cast them.
-    """
-    if implementation == IMPLEMENTATIONS["auto"]:
-        return value.device.type != "cpu" or value.dtype != torch.bfloat16 or width > SHORT_ON_CPU
-    return implementation == IMPLEMENTATIONS["sdpa"]
-
-
-def _band(width: int, window: int, device: torch.device) -> Tensor:
-    """(W, W) bool, True where a query position (line) sees a key position (column): 0 ≤ query − key < window."""
-    position = torch.arange(width, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
+    # under autocast QK-norm leaves queries and keys in fp32 (transformers 5.23): the values' type tells the precision
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H or K, D)
+    if isinstance(packed, Lengths) and not beyond_fused and dropout == 0:
+        return varlen_attention(query, key, value, packed, scaling, window)[None], None
+    if isinstance(packed, Lengths):
+        packed = packed.grids
+    plain = not beyond_fused and dropout == 0 and query.device.type == "cpu" and not packed.is_long
+    if plain and implementation == IMPLEMENTATIONS["auto"]:
+        return grid_attention(query, key, value, packed, scaling, window)[None], None
+    fused = not beyond_fused and implementation != IMPLEMENTATIONS["eager"]
+    out = []
+    for grid in packed.each():
+        mask = grid.visible(window)  # (n, Q, W)
+        q, k, v = query[grid.queries].transpose(1, 2), key[grid.keys].transpose(1, 2), value[grid.keys].transpose(1, 2)
+        if fused:
+            causal = window is None and not grid.is_branch
+            attended = F.scaled_dot_product_attention(
+                q, k, v, None if causal else mask[:, None], dropout, is_causal=causal, scale=scaling, enable_gqa=True
+            )
+        else:
+            attended = _explicit_attention(q, k, v, mask[:, None], scaling, dropout, softcap, s_aux)
+        out.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)[packed.outputs][None], None
 
 
 def _explicit_attention(
@@ -114,7 +117,7 @@ def _explicit_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Plain matrix products with the softmax in fp32, for what the fused kernel cannot do; (S, H, W, D)."""
+    """Plain matrix products with the softmax in fp32, for what no kernel can do; (n, H, Q, D)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(2, 3)).float() * scaling

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from modern_llm.config import UserError
 from modern_llm.layout import PackedRow, Segment, pack
 from modern_llm.losses.token_logprobs import TokenScores, scores_from_logits, token_scores
-from modern_llm.models.attention import IMPLEMENTATIONS, Kernel
+from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
 
 CHECK_LENGTHS = (3, 11, 7)
 CHECK_TOLERANCE = 1e-3
@@ -34,6 +34,7 @@ class Policy(nn.Module):
         assert model.config._attn_implementation not in IMPLEMENTATIONS.values(), "a model goes into one policy"
         super().__init__()
         self.model = model
+        self.attention: Kernel = attention
         self.plain_head = True
         self._check_against_own_logits(IMPLEMENTATIONS[attention])
 
@@ -41,13 +42,14 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    def forward(self, row: PackedRow) -> TokenScores:
+    def forward(self, row: PackedRow, collisions: bool = False) -> TokenScores:
         """Scores of the row's targets, in row order; an empty set of targets gives empty scores."""
+        device = self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
         inputs = {
             "input_ids": row.ids,
             "position_ids": row.positions,
-            "packed_grid": row.grid,
-            "packed_cells": row.cells,
+            "packed": attention_layout(row, dtype, self.attention),
             "use_cache": False,
         }
         if not self.plain_head:
@@ -57,7 +59,7 @@ class Policy(nn.Module):
         hidden = self.model.base_model(**inputs).last_hidden_state[0]
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has an output projection"
-        return token_scores(hidden[row.predicting], head.weight, getattr(head, "bias", None), row.targets)
+        return token_scores(hidden[row.predicting], head.weight, getattr(head, "bias", None), row.targets, collisions)
 
     @torch.no_grad()
     def _check_against_own_logits(self, implementation: str) -> None:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from modern_llm.data.loader import MicroBatch, Position, StepBatch, micro_batche
 from modern_llm.data.prepared import Example, PreparedData
 from modern_llm.metrics import Averages, RunLog
 from modern_llm.models.policy import Policy
-from modern_llm.objectives import Objective
+from modern_llm.objectives import Objective, Unit
 from modern_llm.precision import autocast
 from modern_llm.training.optim import Optimizer, learning_rate_factor
 
@@ -63,6 +63,7 @@ class Loop:
             "optimizer": self.optimizer.state(),
             "averages": self.averages.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
+            "objective": self.objective.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -72,6 +73,7 @@ class Loop:
         self.optimizer.load(state["optimizer"])
         self.averages.load(state["averages"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.objective.load(state["objective"])
 
     def run(self) -> None:
         """Take every remaining optimizer step."""
@@ -112,16 +114,18 @@ class Loop:
         self._seed_dropout()
         self.optimizer.zero_grad()
         sums = {name: torch.zeros((), device=self.policy.device) for name in ("loss", *self.objective.units)}
-        for micro_batch in batch.micro_batches:
-            row = micro_batch.row.to(self.policy.device)
+        micro_batches = [micro_batch.to(self.policy.device) for micro_batch in batch.micro_batches]
+        with autocast(self.precision, self.policy.device):
+            self.objective.begin_step(self.policy, micro_batches, training=True)
+        for micro_batch in micro_batches:
             with autocast(self.precision, self.policy.device):
-                outcome = self.objective(self.policy, row)
+                outcome = self.objective(self.policy, micro_batch)
             loss = torch.stack([t.weight / max(counts[t.unit], 1) * t.total for t in outcome.terms.values()]).sum()
             if loss.requires_grad:
                 loss.backward()
             for name, total in {"loss": loss.detach(), **outcome.metrics}.items():
                 sums[name] += total
-            self.timer.tokens += row.ids.shape[1]
+            self.timer.tokens += micro_batch.row.num_tokens
         parameters = list(self.optimizer.groups.all.values())
         distributed.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
@@ -133,6 +137,7 @@ class Loop:
         self.skipped_in_a_row = 0
         self.optimizer.set_learning_rate(learning_rate_factor(self.step + 1, self.config))
         self.optimizer.step()
+        self.objective.end_step(self.policy, self.step + 1)
         self.averages.add("loss", values["loss"], 1)
         self.averages.add("grad_norm", float(norm), 1)
         for name, unit in self.objective.units.items():
@@ -140,7 +145,7 @@ class Loop:
 
     def _global_counts(self, batches: Iterable[MicroBatch]) -> dict[str, int]:
         """Units of the whole optimizer step, over micro-batches and ranks."""
-        names = ("tokens", "examples")
+        names: tuple[Unit, ...] = get_args(Unit)
         batches = list(batches)
         local = torch.tensor([sum(b.counts[name] for b in batches) for name in names], device=self.policy.device)
         return dict(zip(names, distributed.sum_over_ranks(local).tolist(), strict=True))
@@ -177,6 +182,8 @@ class Loop:
         where = {"window": self.position.epoch} if size is None else {"epoch": self.position.epoch + self.position.index / size}
         shown = ("loss", "accuracy", "lr", "rewards/margins", "grad_norm", "tokens_per_second")
         self.log.log(self.step, {**values, **where}, shown)
+        if warning := self.objective.warning(values):
+            self.log.message(f"warning: {warning}")
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -185,20 +192,29 @@ class Loop:
         self.policy.eval()
         terms: dict[str, float] = {}
         sums = dict.fromkeys(self.objective.units, 0.0)
-        counts = {"tokens": 0, "examples": 0}
+        counts = dict.fromkeys(get_args(Unit), 0)
         units: dict[str, str] = {}
-        for batch in micro_batches(examples, self.config.micro_batch_size, self.config.micro_batch_tokens):
+        seen: dict[str, list[torch.Tensor]] = {}
+        batches = micro_batches(examples, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        if self.objective.whole_step:
+            batches = [batch.to(self.policy.device) for batch in batches]
             with autocast(self.precision, self.policy.device):
-                outcome = self.objective(self.policy, batch.row.to(self.policy.device))
+                self.objective.begin_step(self.policy, batches, training=False)
+        for batch in batches:
+            with autocast(self.precision, self.policy.device):
+                outcome = self.objective(self.policy, batch.to(self.policy.device))
             for unit in counts:
                 counts[unit] += batch.counts[unit]
             for name, term in outcome.terms.items():
                 terms[name], units[name] = terms.get(name, 0.0) + term.weight * float(term.total), term.unit
             for name, total in outcome.metrics.items():
                 sums[name] += float(total)
+            for name, values in outcome.examples.items():
+                seen.setdefault(name, []).append(values)
         self.policy.train()
         loss = sum(total / max(counts[units[name]], 1) for name, total in terms.items())
-        return {"loss": loss, **{n: total / max(counts[self.objective.units[n]], 1) for n, total in sums.items()}}
+        means = {name: total / max(counts[self.objective.units[name]], 1) for name, total in sums.items()}
+        return {"loss": loss, **means, **self.objective.summary({name: torch.cat(values) for name, values in seen.items()})}
 
 
 class _Timer:

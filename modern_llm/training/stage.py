@@ -1,6 +1,6 @@
 """Opening and closing a run: what it is made of, whether it is done or begun, and what it leaves behind."""
 
-import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,11 @@ from modern_llm.data.prepared import PreparedData
 from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
 from modern_llm.metrics import RunLog
 from modern_llm.models.build import grow_vocabulary, load_model, refuse_pickles
-from modern_llm.models.policy import Policy, disable_dropout, frozen, refuse_random_training
+from modern_llm.models.policy import Policy, disable_dropout, refuse_random_training
 from modern_llm.objectives import Objective
 from modern_llm.precision import choose_precision
 from modern_llm.training.loop import Loop
+from modern_llm.training.preflight import preflight
 
 Dataset = TypeVar("Dataset", bound=DatasetConfig)
 
@@ -77,21 +78,21 @@ def open_checkpoint(
     return model, tokenizer, recorded_name
 
 
-def open_reference(
-    dpo: DPOConfig, config: TrainingConfig, start: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> Policy:
-    """The frozen reference: a copy of the starting model, or `reference_checkpoint`, which must have the same tokenizer."""
+def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel | None:
+    """The model of `reference_checkpoint`, which must have the same tokenizer; None where the start is the reference."""
     if dpo.reference_checkpoint is None:
-        model = copy.deepcopy(start)
-    else:
-        model, own, _ = open_checkpoint(dpo.reference_checkpoint, None, "reference_checkpoint")
-        if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
-            raise UserError(
-                f"reference_checkpoint={str(dpo.reference_checkpoint)!r} has another tokenizer ({len(own)} tokens) than the "
-                f"starting checkpoint ({len(tokenizer)} tokens)"
-            )
-    model.to(distributed.device())  # type: ignore[arg-type]
-    return frozen(Policy(model, config.attention))
+        return None
+    model, own, _ = open_checkpoint(dpo.reference_checkpoint, None, "reference_checkpoint")
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"reference_checkpoint={str(dpo.reference_checkpoint)!r} has another tokenizer ({len(own)} tokens) than the "
+            f"starting checkpoint ({len(tokenizer)} tokens)"
+        )
+    return model
+
+
+Prepare = Callable[[Policy, PreparedData, torch.dtype, RunLog], PreparedData]
+"""What a stage does with the policy before its first step: (policy at the start, data, precision, log) → data."""
 
 
 def train_stage(
@@ -105,6 +106,8 @@ def train_stage(
     objective: Objective,
     parent: Path | str | None = None,
     drop_out: bool = True,
+    prepare: Prepare | None = None,
+    reference_weights: str | None = None,
 ) -> Path:
     """Train a model on prepared data and return the final checkpoint's folder.
 
@@ -121,6 +124,8 @@ def train_stage(
         objective: what is optimised.
         parent: the starting checkpoint, for the record.
         drop_out: whether the model's dropout is on.
+        prepare: what to do before the first step, also of a resumed run.
+        reference_weights: hash of another reference than the start, for the record.
 
     Raises:
         UserError: the output folder holds a run with other inputs; the difference is named.
@@ -130,14 +135,13 @@ def train_stage(
         raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
     device = distributed.device()
     precision, why = choose_precision(config.mixed_precision, device)
-    reference: Policy | None = getattr(objective, "reference", None)
     start_weights = folders.weights_hash(model)
     record = {
         "stage": stage,
         "config": {"train": plain(config), **{name: plain(section) for name, section in sections.items()}},
         "parent": None if parent is None else {"checkpoint": str(parent), "weights": start_weights},
         "start_weights": start_weights,
-        "reference": None if reference is None else folders.weights_hash(reference.model),
+        "reference": reference_weights,
         "data": data.fingerprint(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokenizer_name": tokenizer_name,
@@ -155,7 +159,7 @@ def train_stage(
     state = None
     if found is not None:
         folders.verify(found)
-        model, state = load_model(found), folders.load_state(found)
+        state = folders.load_state(found)
     policy = _make_policy(model, config, device, drop_out)
     start = 0 if state is None else state["step"]
     with RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to) as log:
@@ -165,9 +169,15 @@ def train_stage(
             target = config.output_dir / "checkpoints" / f"step-{step:06d}"  # type: ignore[operator]
             _save(target, model, tokenizer, {**record, "step": step, "run": config.run_name}, training_state)
 
+        if prepare is not None:
+            data = prepare(policy, data, precision, log)
+        if found is not None:
+            model.load_state_dict(load_model(found).state_dict())
         loop = Loop(policy, objective, data, config, precision, log, save)
         if state is not None:
             loop.load(state)
+        else:
+            preflight(policy, objective, data, tokenizer, precision, config, log)
         loop.run()
         _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
         log.message(f"saved {final}")

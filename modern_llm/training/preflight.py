@@ -1,0 +1,93 @@
+"""A look at the first batch before a long run: seconds that save hours of training on the wrong tokens."""
+
+import math
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from modern_llm.config import TrainingConfig, UserError
+from modern_llm.data.loader import micro_batches
+from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.layout import Segment
+from modern_llm.metrics import RunLog
+from modern_llm.models.policy import Policy
+from modern_llm.objectives import Objective
+from modern_llm.precision import autocast
+
+EXAMPLES = 4
+"""Examples of the trial batch."""
+SHOWN_CHARACTERS = 160
+"""Characters of a prompt's end and of an answer's two ends that are printed."""
+
+
+def preflight(
+    policy: Policy,
+    objective: Objective,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerFast,
+    precision: torch.dtype,
+    config: TrainingConfig,
+    log: RunLog,
+) -> None:
+    """Show what the model is taught and try one batch, without changing any weight or any random state.
+
+    Raises:
+        UserError: the batch cannot train the model, with the reason.
+    """
+    if not hasattr(data.train, "__getitem__"):  # a stream: looking at it would use it up
+        return
+    examples = [data.train[i] for i in range(min(EXAMPLES, len(data.train)))]
+    for segment in {id(s): s for example in examples[:1] for s in example.segments[:2]}.values():
+        log.message(f"teaches {shown(segment, tokenizer)}")
+    _check_begin_token(examples, tokenizer)
+    batch = next(iter(micro_batches(examples, len(examples)))).to(policy.device)
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        policy.train()
+        with autocast(precision, policy.device):
+            objective.begin_step(policy, [batch], training=False)
+            outcome = objective(policy, batch)
+        loss = torch.stack([t.weight / max(batch.counts[t.unit], 1) * t.total for t in outcome.terms.values()]).sum()
+        if loss.requires_grad:
+            loss.backward()
+    objective.check_start(batch, outcome, precision)
+    norms = [p.grad.norm() for p in parameters if p.grad is not None]
+    norm = float(torch.stack(norms).norm()) if norms else 0.0
+    for parameter in parameters:
+        parameter.grad = None
+    value = float(loss.detach())
+    if not math.isfinite(value) or not math.isfinite(norm):
+        raise UserError(f"the loss of the first examples is {value} with a gradient of {norm}: the start's weights are damaged")
+    if norm == 0 and batch.counts["tokens"]:
+        raise UserError("the gradient of the first examples is 0: no parameter learns anything from this loss")
+    log.message(f"first look: loss {value:.6f}, gradient {norm:.4g}, {batch.counts['tokens']} tokens count")
+
+
+def shown(segment: Segment, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A segment as text, with what counts between ⟦ and ⟧."""
+    parts, counts = [], segment.scored
+    ends = [*(np.flatnonzero(np.diff(counts)) + 1).tolist(), len(segment)]
+    start = 0
+    for end in ends:
+        text = str(tokenizer.decode(segment.ids[start:end].tolist(), skip_special_tokens=False))
+        if len(text) > 2 * SHOWN_CHARACTERS:
+            text = f"{text[:SHOWN_CHARACTERS]} … {text[-SHOWN_CHARACTERS:]}"
+        parts.append(f"⟦{text}⟧" if counts[start] else text)
+        start = end
+    return repr("".join(parts))
+
+
+def _check_begin_token(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> None:
+    begin = tokenizer.bos_token_id
+    if begin is None or begin == tokenizer.eos_token_id:
+        return
+    for example in examples:
+        for segment in example.segments:
+            if np.count_nonzero(segment.ids == begin) > 1:
+                raise UserError(
+                    f"row {example.row} begins twice ({tokenizer.bos_token!r} is there "
+                    f"{np.count_nonzero(segment.ids == begin)} times): the text brings what the tokenizer adds; take it out"
+                )
