@@ -78,7 +78,7 @@ def pack(segments: Sequence[Segment]) -> PackedRow:
     assert own.min() > 0, "a segment holds at least one token of its own"
     starts = np.concatenate([[0], np.cumsum(own)[:-1]])
     trunk = np.maximum.accumulate(np.where(shared == 0, np.arange(len(segments)), 0))
-    for i in np.flatnonzero(shared):
+    for i in np.flatnonzero(shared).tolist():
         mine, other = segments[i], segments[trunk[i]]
         assert not mine.scored[: mine.shared].any(), "a shared token does not count"
         assert np.array_equal(mine.ids[: mine.shared], other.ids[: mine.shared]), "shared tokens are the same tokens"

@@ -28,8 +28,8 @@ class MicroBatch:
 
     row: PackedRow
     counts: dict[str, int]
-    """Units in it: `tokens` scored, `examples` (sequences or pairs), and `chosen_tokens` (scored tokens of every example's first
-    segment, which of a pair is the chosen answer)."""
+    """Units in it: `tokens` scored, `examples` (sequences or pairs), and `chosen_tokens` (scored tokens of every example's
+    first segment, which of a pair is the chosen answer)."""
     row_ids: list[int]
     """Which rows of the data it holds."""
     reference: Tensor | None = None

@@ -173,8 +173,8 @@ class Referenced(Sequence[Example]):
 
     mixture: Mixture
     table: np.ndarray
-    """(examples, 2, 2) fp32: of the chosen and of the rejected answer, the log-prob of the whole and of its first m tokens, m the
-    length of the shorter one; nats."""
+    """(examples, 2, 2) fp32: of the chosen and of the rejected answer, the log-prob of the whole and of its first m tokens, m
+    the length of the shorter one; nats."""
 
     def __len__(self) -> int:
         return len(self.mixture)

@@ -90,6 +90,27 @@ def _scratch(positions: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Te
     return like.new_empty(min(positions, max(1, elements // vocab)), vocab, dtype=dtype)
 
 
+def _exponentials(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, normalizers: Tensor, kept: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Positions and their e, (positions, vocab) in the weight's type: what was kept, or exp(z − log-normalizer) made again."""
+    if kept is not None:
+        yield slice(0, len(kept)), kept
+        return
+    chunks = _chunks(len(hidden), len(weight))
+    largest = max((rows.stop - rows.start for rows in chunks), default=0)
+    buffer = weight.new_empty(largest, len(weight))
+    scratch = _scratch(largest, len(weight), hidden, normalizers.dtype)
+    for rows in chunks:
+        logits = _logits(buffer[: rows.stop - rows.start], hidden[rows].to(weight.dtype), weight)
+        for part in _pieces(len(logits), len(scratch)):
+            exact = scratch[: part.stop - part.start].copy_(logits[part])
+            if bias is not None:
+                exact.add_(bias)
+            logits[part] = exact.sub_(normalizers[rows][part, None]).exp_()
+        yield rows, logits
+
+
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -139,7 +160,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizers, sums, kept = ctx.saved_tensors
         dtype, grad_logprobs = ctx.dtype, grads[0]
-        positions, vocab = hidden.shape[0], weight.shape[0]
         accumulate = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         weight_cast = weight.to(dtype)
@@ -148,23 +168,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         scaled = (hidden * -factors[:, None]).to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=accumulate) if needs_hidden else None
         grad_weight = grad_bias = None
-        chunks = [slice(0, positions)] if kept is not None else _chunks(positions, vocab)
-        if kept is None:
-            largest = max((rows.stop - rows.start for rows in chunks), default=0)
-            buffer = hidden.new_empty(largest, vocab, dtype=dtype)
-            scratch = _scratch(largest, vocab, hidden, accumulate)
-            hidden_cast = hidden.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks:
-                if kept is not None:
-                    exponentials = kept
-                else:
-                    exponentials = _logits(buffer[: rows.stop - rows.start], hidden_cast[rows], weight_cast)
-                    for part in _pieces(rows.stop - rows.start, len(scratch)):
-                        exact = scratch[: part.stop - part.start].copy_(exponentials[part])
-                        if bias is not None:
-                            exact.add_(bias)
-                        exponentials[part] = exact.sub_(normalizers[rows][part, None]).exp_()
+            for rows, exponentials in _exponentials(hidden, weight_cast, bias, normalizers, kept):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (exponentials @ weight_cast).to(accumulate).mul_(-factors[rows, None])
                 if needs_weight:
@@ -180,7 +185,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=accumulate) if grad_weight is None else grad_weight
             grad_weight.index_add_(0, targets, (grad_logprobs[:, None] * hidden).to(accumulate))
         if needs_bias:
-            grad_bias = weight.new_zeros(vocab, 1, dtype=accumulate) if grad_bias is None else grad_bias
+            grad_bias = weight.new_zeros(len(weight), 1, dtype=accumulate) if grad_bias is None else grad_bias
             grad_bias = grad_bias.squeeze(1).index_add_(0, targets, grad_logprobs)
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),

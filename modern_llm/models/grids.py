@@ -1,7 +1,7 @@
 """Segments of a packed row as a few right-padded grids, for kernels that want batches of equal shapes.
 
-A line of a grid is one segment: its own tokens are the queries, and what it shares plus its own tokens are the keys, so key j of
-a line stands at position j, and query i at position `shared + i`. Segments go into one grid while it stays nearly full.
+A line of a grid is one segment: its own tokens are the queries, and what it shares plus its own tokens are the keys, so key j
+of a line stands at position j, and query i at position `shared + i`. Segments go into one grid while it stays nearly full.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from modern_llm.layout import PackedRow
 
 FULLEST = 1.3
 """A segment joins a grid while the widest line has at most so many times its tokens. Measured on a 2-core CPU, forward and
-backward of a layer with 6 heads of 64 channels: equal shapes alone were slower on rows of many short documents (45 against 25 ms),
-and one grid for all was slower on preference pairs (34 against 25 ms)."""
+backward of a layer with 6 heads of 64 channels: equal shapes alone were slower on rows of many short documents (45 against
+25 ms), and one grid for all was slower on preference pairs (34 against 25 ms)."""
 
 LONG = 1024
 """Keys of a line above which plain products, which hold all (Q, W) weights, give way to torch's fused kernel."""
@@ -95,9 +95,14 @@ def lay_grids(row: PackedRow) -> Grids:
         order.append(shared[group])
         shapes.append((len(group), width, seen, int(shared[group[0]] > 0)))
     device = row.ids.device
-    flat = (torch.from_numpy(np.concatenate(part)).to(device) for part in (queries, keys, order))
-    is_long = max(seen for _, _, seen, _ in shapes) > LONG
-    return Grids(torch.tensor(shapes), *flat, torch.from_numpy(outputs).to(device), is_long)
+    return Grids(
+        shapes=torch.tensor(shapes),
+        queries=torch.from_numpy(np.concatenate(queries)).to(device),
+        keys=torch.from_numpy(np.concatenate(keys)).to(device),
+        shared=torch.from_numpy(np.concatenate(order)).to(device),
+        outputs=torch.from_numpy(outputs).to(device),
+        is_long=max(seen for _, _, seen, _ in shapes) > LONG,
+    )
 
 
 def _groups(own: np.ndarray, shared: np.ndarray) -> Iterator[np.ndarray]:

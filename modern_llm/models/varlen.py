@@ -38,23 +38,23 @@ def lay_lengths(row: PackedRow) -> Lengths:
     query_ends = np.concatenate([[0], np.cumsum(own)])
     device = row.ids.device
     return Lengths(
-        torch.from_numpy(query_ends).to(device, torch.int32),
-        torch.from_numpy(key_ends).to(device, torch.int32),
-        torch.from_numpy(keys).to(device),
-        torch.tensor([own.max(), seen.max()]),
-        lay_grids(row),
+        query_ends=torch.from_numpy(query_ends).to(device, torch.int32),
+        key_ends=torch.from_numpy(key_ends).to(device, torch.int32),
+        keys=torch.from_numpy(keys).to(device),
+        longest=torch.tensor([own.max(), seen.max()]),
+        grids=lay_grids(row),
     )
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scaling: float, window: int | None) -> Tensor:
     """Causal attention inside each segment, (T, H, D); arguments as in `grid_attention`, in bf16 on a CUDA device.
 
-    Query i of a segment stands behind its shared tokens: the kernel's causal mask is aligned at the end (bottom right), which is
-    just that.
+    Query i of a segment stands behind its shared tokens: the kernel's causal mask is aligned at the end (bottom right), which
+    is just that.
     """
     if len(lengths.keys) != len(key):  # with nothing shared, the keys are the row itself
         key, value = key.index_select(0, lengths.keys), value.index_select(0, lengths.keys)
-    return _varlen(query, key, value, lengths, scaling, window)
+    return _varlen(query, key, value, lengths, scaling, window)  # type: ignore[call-arg] - the decorator's type
 
 
 @torch.compiler.disable

@@ -13,7 +13,9 @@ class LanguageModelingObjective(Objective):
     """Next-token prediction over the tokens that count: every token in pretraining, the assistant's in SFT."""
 
     accuracy: ClassVar[str] = "accuracy"
-    units: dict[str, Unit] = {"accuracy": "tokens"}
+
+    def __init__(self) -> None:
+        self.units: dict[str, Unit] = {"accuracy": "tokens"}
 
     def __call__(self, policy: Policy, batch: MicroBatch) -> Outcome:
         scores = policy(batch.row)

@@ -1,7 +1,7 @@
 """Preference training: what a policy says of the two answers of a pair, and the loss of it.
 
-A row holds the two sides of each pair next to each other, chosen first: segments 2i and 2i + 1 are pair i. Sums are fp32 and over
-answer tokens alone.
+A row holds the two sides of each pair next to each other, chosen first: segments 2i and 2i + 1 are pair i. Sums are fp32 and
+over answer tokens alone.
 """
 
 from collections import deque
@@ -72,10 +72,10 @@ def answer_scores(policy: Policy, row: PackedRow, certainty: bool = False) -> An
 class PreferenceObjective(Objective):
     """Every loss of `DPOConfig` (arXiv 2305.18290 and its relatives).
 
-    The reference's log-probs come with the batch (`modern_llm.objectives.reference`), or from `live` where the reference moves. A loss that
-    looks at all pairs of a step together runs in two passes: log-probs without gradient over the whole step, its derivative
-    with respect to each of them, and then, a micro-batch at a time, the backward pass of Σ derivative · log-prob. So its value
-    does not depend on the micro-batch.
+    The reference's log-probs come with the batch (`modern_llm.objectives.reference`), or from `live` where the reference moves.
+    A loss that looks at all pairs of a step together runs in two passes: log-probs without gradient over the whole step, its
+    derivative with respect to each of them, and then, a micro-batch at a time, the backward pass of Σ derivative · log-prob. So
+    its value does not depend on the micro-batch.
     """
 
     accuracy: ClassVar[str] = "rewards/accuracies"
@@ -84,14 +84,8 @@ class PreferenceObjective(Objective):
         self.config = config
         self.live = live
         self.whole_step = config.whole_step
-        names = [
-            "rewards/chosen",
-            "rewards/rejected",
-            "rewards/margins",
-            "rewards/accuracies",
-            "logps/chosen",
-            "logps/rejected",
-        ]
+        rewards = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+        names = [*rewards, "logps/chosen", "logps/rejected"]
         if config.f_divergence_type in ("forward_kl", "alpha_divergence"):
             names.append("bounded_exponents")
         self.units = dict.fromkeys(names, "examples")
@@ -136,7 +130,14 @@ class PreferenceObjective(Objective):
         elif self.config.needs_reference:
             assert batch.reference is not None, "the reference was asked before training"
             theirs = self._logprobs(batch.reference[..., 0], batch.reference[..., 1])
-        return scores, PairScores(*ours.unbind(1), *theirs.unbind(1), *scores.tokens.unbind(1), self.divergence)
+        return scores, self._pairs(torch.cat([ours, theirs, scores.tokens], dim=1))
+
+    def _pairs(self, known: Tensor) -> PairScores:
+        """From (pairs, 6): log-probs of policy and reference, and tokens, each of the chosen and of the rejected answer."""
+        chosen, rejected, reference_chosen, reference_rejected, chosen_tokens, rejected_tokens = known.unbind(1)
+        return PairScores(
+            chosen, rejected, reference_chosen, reference_rejected, chosen_tokens, rejected_tokens, self.divergence
+        )  # fmt: skip
 
     def _logprobs(self, whole: Tensor, first: Tensor) -> Tensor:
         """(pairs, 2) log-probs, in which the tokens beyond the shorter answer's length may weigh less (LD-DPO)."""
@@ -186,7 +187,7 @@ class PreferenceObjective(Objective):
         everyone, start = distributed.gather_rows(mine) if training else (mine, 0)
         with torch.enable_grad():  # an evaluation asks for the values alone, which come the same way
             known = everyone.clone().requires_grad_()
-            pairs = PairScores(*known.unbind(1), self.divergence)
+            pairs = self._pairs(known)
             if training and self.config.bco_running_mean:
                 rewards = self.config.beta * torch.stack([pairs.chosen_ratios, pairs.rejected_ratios]).detach().double()
                 self.mean_reward.add(float(rewards.sum()), rewards.numel())
@@ -232,8 +233,7 @@ class PreferenceObjective(Objective):
         if self.config.use_weighting or not set(self.config.pair_weights()) <= REFERENCE_LOSSES:
             return None
         tokens = torch.bincount(batch.row.target_segments, minlength=batch.row.num_segments).double().view(-1, 2)
-        nothing = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-        pairs = PairScores(nothing, nothing, nothing, nothing, *tokens.unbind(1), self.divergence)
+        pairs = self._pairs(torch.cat([torch.zeros_like(tokens), torch.zeros_like(tokens), tokens], dim=1))
         weights = self.config.pair_weights()
         return sum(weights[name] * float(values.sum()) for name, values in self._losses(pairs).items())
 
@@ -252,7 +252,7 @@ class PreferenceObjective(Objective):
         return found
 
     def warning(self, means: dict[str, float]) -> str | None:
-        """Likelihood displacement (arXiv 2410.08847): the chosen answers get less likely, and the rejected ones even more so."""
+        """Likelihood displacement (arXiv 2410.08847): the chosen answers get less likely, the rejected ones even more so."""
         reward = means["rewards/chosen"]
         self._falling_lines = self._falling_lines + 1 if reward < min(self._last_reward, 0.0) else 0
         self._last_reward = reward
@@ -260,9 +260,10 @@ class PreferenceObjective(Objective):
             return None
         self._warned = True
         return (
-            f"the chosen answers became less likely over {FALLING_LINES} log lines in a row, by {-reward / self.config.beta:.1f} "
-            f"nats an answer since the start (likelihood displacement): add the chosen answers' own likelihood "
-            f"(loss_type=['sigmoid', 'sft']), or lower learning_rate or raise beta, and look at what the model writes"
+            f"the chosen answers became less likely over {FALLING_LINES} log lines in a row, by "
+            f"{-reward / self.config.beta:.1f} nats an answer since the start (likelihood displacement): "
+            f"add the chosen answers' own likelihood (loss_type=['sigmoid', 'sft']), or lower learning_rate or raise beta, and "
+            f"look at what the model writes"
         )
 
     def state(self) -> dict[str, Any]:

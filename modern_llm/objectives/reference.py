@@ -50,9 +50,8 @@ def with_reference(data: PreparedData, reference: Policy, precision: torch.dtype
     assert isinstance(data.evaluation, Mixture)
     train, computed = _table(data.train, reference, precision, weights)
     evaluation, more = _table(data.evaluation, reference, precision, weights)
-    return PreparedData(
-        Referenced(data.train, train.numpy()), Referenced(data.evaluation, evaluation.numpy()), data.report
-    ), computed + more
+    known = (Referenced(data.train, train.numpy()), Referenced(data.evaluation, evaluation.numpy()))
+    return PreparedData(*known, report=data.report), computed + more
 
 
 def _table(examples: Mixture, reference: Policy, precision: torch.dtype, weights: str) -> tuple[Tensor, int]:
@@ -137,9 +136,9 @@ def _code_version() -> str:
     root = Path(modern_llm.__file__).parent
     files = [
         root / "layout.py",
+        Path(__file__),
         *sorted((root / "models").glob("*.py")),
         *sorted((root / "losses").glob("*.py")),
-        Path(__file__),
     ]
     digest = hashlib.sha256()
     for file in files:

@@ -1,6 +1,7 @@
 """A look at the first batch before a long run: seconds that save hours of training on the wrong tokens."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def preflight(
     Raises:
         UserError: the batch cannot train the model, with the reason.
     """
-    if not hasattr(data.train, "__getitem__"):  # a stream: looking at it would use it up
+    if not isinstance(data.train, Sequence):  # a stream: looking at it would use it up
         return
     examples = [data.train[i] for i in range(min(EXAMPLES, len(data.train)))]
     for segment in {id(s): s for example in examples[:1] for s in example.segments[:2]}.values():
