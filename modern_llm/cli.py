@@ -1,4 +1,4 @@
-"""The command line: `modern-llm run | pretrain | sft | dpo | inspect | tokenizer | schema`.
+"""The command line: `modern-llm run | pretrain | sft | dpo | compare-losses | inspect | tokenizer | schema`.
 
 Every argument of a stage function is a key of its `--config` YAML file, and every key is an option: `--dpo-config.beta 0.08` or
 `dpo_config.beta=0.08`. Options go over the file, and both end in the same validation.
@@ -33,6 +33,7 @@ USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VA
   pretrain   train a model from random weights on documents
   sft        fine-tune a checkpoint on demonstrations
   dpo        train a checkpoint on preference pairs
+  compare-losses FILE   train one start with several preference losses, and put them in one table
   inspect FILE   what the data of a pipeline file becomes: counts, and rows as colours
   tokenizer  train a tokenizer on documents
   schema     print the JSON Schema of a pipeline file, for editors
@@ -79,6 +80,15 @@ class DPOArguments(StrictModel):
     """The pairs; left out: `train_config.dataset_name`."""
     tokenizer_name: str | None = None
     """Left out: the checkpoint's own tokenizer."""
+
+
+class CompareArguments(DPOArguments):
+    """One start, one order of the pairs, one reference, several preference losses."""
+
+    losses: str = "sigmoid,ipo,apo_zero"
+    """Losses by comma; an option of one of them behind a colon: `sigmoid,ipo:beta=0.5,exo_pair:label_smoothing=0.001`."""
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    """Seeds of the order of the pairs, each a run of every loss."""
 
 
 class TokenizerArguments(StrictModel):
@@ -245,12 +255,21 @@ def _inspect(words: list[str]) -> None:
     inspect(config, a.stage, a.rows, a.as_json)
 
 
+def _compare_losses(words: list[str]) -> None:
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        words = ["--config", *words]
+    a = parse(CompareArguments, "compare-losses", words)
+    from modern_llm.report.compare import compare_losses
+
+    compare_losses(a.sft_checkpoint, a.train_config, a.dpo_config, a.preference_config, a.tokenizer_name, a.losses, a.seeds)
+
+
 def _schema(words: list[str]) -> None:
     print(json_schema(PipelineConfig))
 
 
 COMMANDS = {
-    "run": _run, "pretrain": _pretrain, "sft": _sft, "dpo": _dpo,
+    "run": _run, "pretrain": _pretrain, "sft": _sft, "dpo": _dpo, "compare-losses": _compare_losses,
     "inspect": _inspect, "tokenizer": _tokenizer, "schema": _schema,
 }  # fmt: skip
 

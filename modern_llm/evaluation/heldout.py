@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from modern_llm.config import DPOConfig
@@ -26,6 +27,18 @@ def perplexity(policy: Policy, blocks: Sequence[Example], batch_size: int) -> fl
 
 
 @torch.no_grad()
+def log_ratios(
+    policy: Policy, reference: Policy, pairs: Sequence[Pair], dpo: DPOConfig, encoder: ChatEncoder, batch_size: int
+) -> np.ndarray:
+    """(pairs, 2) float64, nats: how much likelier policy than reference makes the chosen and the rejected answer."""
+    examples = [Example(encode_pair(pair, dpo, encoder), row=i) for i, pair in enumerate(pairs)]
+    found = [np.zeros((0, 2))]
+    for batch in micro_batches(examples, batch_size):
+        row = batch.row.to(policy.device)
+        found.append((answer_scores(policy, row).whole - answer_scores(reference, row).whole).double().cpu().numpy())
+    return np.concatenate(found)
+
+
 def preference_wins(
     policy: Policy, reference: Policy, pairs: Sequence[Pair], dpo: DPOConfig, encoder: ChatEncoder, batch_size: int
 ) -> list[float]:
@@ -33,13 +46,7 @@ def preference_wins(
 
     Both are measured against the reference, so the reference itself scores ½ everywhere.
     """
-    examples = [Example(encode_pair(pair, dpo, encoder), row=i) for i, pair in enumerate(pairs)]
-    wins: list[float] = []
-    for batch in micro_batches(examples, batch_size):
-        row = batch.row.to(policy.device)
-        ratios = answer_scores(policy, row).whole - answer_scores(reference, row).whole
-        wins += [win(margin) for margin in (ratios[:, 0] - ratios[:, 1]).tolist()]
-    return wins
+    return [win(chosen - rejected) for chosen, rejected in log_ratios(policy, reference, pairs, dpo, encoder, batch_size)]
 
 
 def length_baselines(pairs: Sequence[Pair], encoder: ChatEncoder) -> dict[str, float]:

@@ -103,7 +103,8 @@ class Loop:
         if self.data.evaluation and (last or (config.eval_every is not None and self.step % config.eval_every == 0)):
             with self.timer.paused():
                 values = self.evaluate(self.data.evaluation)
-            self.log.log(self.step, {f"eval/{name}": value for name, value in values.items()})
+            shown = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+            self.log.log(self.step, {f"eval/{n}": v for n, v in values.items()}, tuple(f"eval/{name}" for name in shown))
         if config.save_every is not None and self.step % config.save_every == 0 and not last:
             with self.timer.paused():
                 self.save(self.step, self.state())

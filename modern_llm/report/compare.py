@@ -1,0 +1,205 @@
+"""Several preference losses from one start: the same pairs in the same order, one reference, one table and one plot."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from modern_llm.checkpoint import write_text
+from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig, UserError
+from modern_llm.config.base import explain
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.messages import Pair
+from modern_llm.data.preference_datasets import held_out_pairs
+from modern_llm.evaluation.heldout import length_baselines, log_ratios, wilson_interval, win
+from modern_llm.models.build import load_model
+from modern_llm.models.policy import Policy, frozen
+from modern_llm.training.stage import dataset_or_default, open_checkpoint
+from modern_llm.training.train_dpo import run_dpo
+
+OUTPUT = Path("experiments/runs/compare-losses")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one loss came to, over all seeds."""
+
+    loss: str
+    judgements: int
+    """Held-out pairs × seeds."""
+    accuracy: float
+    """Share of them in which the policy moved towards the chosen answer more than towards the rejected one; ties count ½."""
+    interval: tuple[float, float]
+    """95 % of `accuracy` (Wilson)."""
+    chosen: float
+    """Mean change of the chosen answers' log-prob, nats an answer."""
+    rejected: float
+    """The same of the rejected ones."""
+    where_longer: float | None
+    """Accuracy on pairs whose chosen answer is the longer one; None without such a pair."""
+    where_shorter: float | None
+    """Accuracy on pairs whose chosen answer is the shorter one."""
+
+
+def parse_losses(text: str, base: DPOConfig) -> dict[str, DPOConfig]:
+    """`sigmoid,ipo:beta=0.5` as configs by name; what the text does not say is as in `base`.
+
+    Raises:
+        UserError: a loss or an option is not there, or they do not go together.
+    """
+    found: dict[str, DPOConfig] = {}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        loss, *options = word.split(":")
+        given: dict[str, str] = {}
+        for option in options:
+            name, _, given[name] = option.partition("=")
+        try:
+            found[word] = DPOConfig.model_validate({**base.model_dump(), "loss_type": loss, "loss_weights": None, **given})
+        except ValidationError as error:
+            raise UserError(explain(error, source=f"losses: {word}")) from None
+    if not found:
+        raise UserError("losses: name at least one, e.g. sigmoid,ipo,apo_zero")
+    return found
+
+
+def compare_losses(
+    start: str,
+    train_config: TrainingConfig,
+    dpo_config: DPOConfig,
+    preference_config: PreferenceDatasetConfig | None,
+    tokenizer_name: str | None,
+    losses: str,
+    seeds: Sequence[int] = (0,),
+) -> list[Comparison]:
+    """Train a start with every loss and seed, and measure each on the pairs that are held out.
+
+    Args:
+        start: checkpoint that every run starts from.
+        train_config: how to train; `output_dir` holds a folder for each run, and `compare.json`, `compare.md`, `compare.png`.
+        dpo_config: options of all losses.
+        preference_config: the pairs; some must be held out (`eval_fraction` or `eval_split`).
+        tokenizer_name: None: the start's own.
+        losses: see `parse_losses`.
+        seeds: one run of each loss for each.
+
+    Raises:
+        UserError: a config is wrong, or no pair is held out.
+    """
+    configs = parse_losses(losses, dpo_config)
+    data = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
+    model, tokenizer, _ = open_checkpoint(start, tokenizer_name, "sft_checkpoint")
+    encoder = ChatEncoder(tokenizer)
+    pairs = held_out_pairs(data, encoder)
+    if not pairs:
+        raise UserError("preference_config.eval_fraction: hold out some pairs, e.g. 0.1, for the losses to be compared on")
+    folder = train_config.output_dir or OUTPUT
+    reference = frozen(Policy(model, train_config.attention))
+    ratios: dict[str, list[np.ndarray]] = {word: [] for word in configs}
+    curves: dict[str, list[list[tuple[int, float]]]] = {word: [] for word in configs}
+    for word, config in configs.items():
+        for seed in seeds:
+            name = f"{word.replace(':', '-').replace('=', '-')}-seed{seed}"
+            settings = train_config.model_copy(update={"output_dir": folder / name, "run_name": name, "seed": seed})
+            final = run_dpo(start, settings, config, data, tokenizer_name)
+            policy = frozen(Policy(load_model(final), train_config.attention))
+            ratios[word].append(log_ratios(policy, reference, pairs, config, encoder, batch_size=16))
+            curves[word].append(accuracy_curve(folder / name / "metrics.jsonl"))
+    longer_by = np.array([_tokens(encoder, pair.chosen) - _tokens(encoder, pair.rejected) for pair in pairs])
+    results = [summarize(word, np.concatenate(found), np.tile(longer_by, len(seeds))) for word, found in ratios.items()]
+    baselines = length_baselines(pairs, encoder)
+    content = {"start": str(start), "seeds": list(seeds), "baselines": baselines, "losses": [asdict(r) for r in results]}
+    write_text(folder / "compare.json", json.dumps(content, indent=2) + "\n")
+    write_text(folder / "compare.md", markdown(results, baselines))
+    plot(folder / "compare.png", curves, baselines["shorter_wins"])
+    show(results, pairs, baselines)
+    return results
+
+
+def summarize(loss: str, ratios: np.ndarray, longer_by: np.ndarray) -> Comparison:
+    """
+    Args:
+        loss: its name.
+        ratios: (judgements, 2) log-ratios of the chosen and of the rejected answer.
+        longer_by: (judgements,) tokens by which the chosen answer is longer.
+    """
+    wins = np.array([win(margin) for margin in ratios[:, 0] - ratios[:, 1]])
+
+    def share(chosen: np.ndarray) -> float | None:
+        return float(wins[chosen].mean()) if chosen.any() else None
+
+    accuracy = float(wins.mean())
+    return Comparison(
+        loss, len(wins), accuracy, wilson_interval(accuracy, len(wins)), float(ratios[:, 0].mean()), float(ratios[:, 1].mean()),
+        share(longer_by > 0), share(longer_by < 0),
+    )  # fmt: skip
+
+
+def accuracy_curve(metrics: Path) -> list[tuple[int, float]]:
+    """(step, held-out accuracy) of every evaluation of a run."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["eval/rewards/accuracies"]) for line in lines if "eval/rewards/accuracies" in line]
+
+
+def _tokens(encoder: ChatEncoder, text: str) -> int:
+    return len(encoder.encoder.text(text))
+
+
+HEADINGS = ("loss", "held-out accuracy", "95 %", "chosen, nats", "rejected, nats", "where chosen is longer", "… shorter")
+
+
+def cells(result: Comparison) -> list[str]:
+    """A line of the table."""
+    low, high = result.interval
+    shares = ("–" if share is None else f"{share:.1%}" for share in (result.where_longer, result.where_shorter))
+    changes = (f"{nats:+.2f}" for nats in (result.chosen, result.rejected))
+    return [result.loss, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", *changes, *shares]
+
+
+def markdown(results: Sequence[Comparison], baselines: dict[str, float]) -> str:
+    """The table as Markdown."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
+    lines += ["| " + " | ".join(cells(result)) + " |" for result in results]
+    return "\n".join(lines) + f"\n\nThe shorter answer wins: {baselines['shorter_wins']:.1%} of the same pairs.\n"
+
+
+def show(results: Sequence[Comparison], pairs: Sequence[Pair], baselines: dict[str, float]) -> None:
+    """Print the table."""
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, no_wrap=heading == "loss")
+    for result in results:
+        table.add_row(*cells(result))
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"{len(pairs)} held-out pairs; the shorter answer wins in {baselines['shorter_wins']:.1%} of them")
+
+
+def plot(path: Path, curves: dict[str, list[list[tuple[int, float]]]], shorter_wins: float) -> None:
+    """Held-out accuracy over optimizer steps, the mean over seeds with the range behind it.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("compare-losses draws with matplotlib: pip install 'modern-llm[plots]'") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for loss, seeds in curves.items():
+        steps = [step for step, _ in seeds[0]]
+        values = np.array([[accuracy for _, accuracy in seed] for seed in seeds])
+        (line,) = axes.plot(steps, values.mean(0), marker="o", markersize=3, label=loss)
+        if len(seeds) > 1:
+            axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
+    axes.axhline(shorter_wins, color="gray", linestyle=":", label="the shorter answer wins")
+    axes.axhline(0.5, color="gray", linewidth=0.5)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("accuracy on held-out pairs")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
