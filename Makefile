@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow bench-data check format docs clean
+.PHONY: quickstart test test-slow bench-data bench-head check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,9 @@ test-slow: .venv/.installed-dev  ## the tests that take minutes
 
 bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
 	$(BIN)/python experiments/benchmarks/data/run.py
+
+bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, plain; the last line is JSON
+	$(BIN)/python experiments/benchmarks/head/run.py
 
 check: .venv/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

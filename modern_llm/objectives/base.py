@@ -72,6 +72,10 @@ class Objective:
         """A sentence for the user, if the values of a log line call for one."""
         return None
 
+    def closing(self, evaluation: dict[str, float], report: dict[str, Any]) -> str | None:
+        """What to tell the user at the end of a run, from the last evaluation and the counts of the data."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs of it."""
         return {}

@@ -54,6 +54,7 @@ class Loop:
         self.position = Position()
         self.averages = Averages()
         self.skipped_in_a_row = 0
+        self.last_evaluation: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         """All that decides the rest of the run besides the weights. Dropout needs none: see `_seed_dropout`."""
@@ -102,7 +103,7 @@ class Loop:
             self._log_training()
         if self.data.evaluation and (last or (config.eval_every is not None and self.step % config.eval_every == 0)):
             with self.timer.paused():
-                values = self.evaluate(self.data.evaluation)
+                values = self.last_evaluation = self.evaluate(self.data.evaluation)
             shown = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
             self.log.log(self.step, {f"eval/{n}": v for n, v in values.items()}, tuple(f"eval/{name}" for name in shown))
         if config.save_every is not None and self.step % config.save_every == 0 and not last:

@@ -17,7 +17,7 @@ from modern_llm.objectives import Objective
 from modern_llm.precision import autocast
 
 EXAMPLES = 4
-"""Examples of the trial batch."""
+"""Most examples of the trial batch; never more than a micro-batch, which must fit into memory."""
 SHOWN_CHARACTERS = 160
 """Characters of a prompt's end and of an answer's two ends that are printed."""
 
@@ -38,7 +38,7 @@ def preflight(
     """
     if not isinstance(data.train, Sequence):  # a stream: looking at it would use it up
         return
-    examples = [data.train[i] for i in range(min(EXAMPLES, len(data.train)))]
+    examples = [data.train[i] for i in range(min(config.micro_batch_size or 1, EXAMPLES, len(data.train)))]
     for segment in {id(s): s for example in examples[:1] for s in example.segments[:2]}.values():
         log.message(f"teaches {shown(segment, tokenizer)}")
     _check_begin_token(examples, tokenizer)

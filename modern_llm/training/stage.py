@@ -179,6 +179,8 @@ def train_stage(
         else:
             preflight(policy, objective, data, tokenizer, precision, config, log)
         loop.run()
+        if closing := objective.closing(loop.last_evaluation, data.report):
+            log.message(closing)
         _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
         log.message(f"saved {final}")
     return final
