@@ -36,6 +36,9 @@ SENTENCES = (
     "The baker's daughter counted seven swans on the lake at dawn.",
     "No.",
 )
+QUESTIONS = ("Who sat?", "Where did the dog run?", "What does he bake?", "Did it rain?", "Why?", "How many swans?")
+ANSWERS = ("The cat.", "Over the hill and back.", "Cakes", "Yes, all night long, on the roof.", "No one knows", "Seven.")
+WRONG = ("A dog sat on the mat.", "Home", "Bread, and he eats both.", "No.", "The moon follows the car home.", "Eight swans")
 ARCHITECTURES = ("qwen3", "llama", "qwen3_moe", "gpt_oss")
 KERNELS = [(a, k) for a in ARCHITECTURES for k in ("auto", "sdpa", "eager") if (a, k) != ("gpt_oss", "sdpa")]
 """Architecture and attention kernel; the fused one has no sinks."""
@@ -43,6 +46,17 @@ KERNELS = [(a, k) for a in ARCHITECTURES for k in ("auto", "sdpa", "eager") if (
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(SENTENCES, vocab_size=300)
+
+
+def chat(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], list[bool]]:
+    """ChatML by hand, for the oracle: template and words are encoded apart, and the answer counts with its end token."""
+    prompt = [
+        *tokenizer.encode("<|im_start|>user\n"),
+        *tokenizer.encode(question),
+        *tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n"),
+    ]
+    reply = [*tokenizer.encode(answer), *tokenizer.encode("<|im_end|>")]
+    return prompt + reply, [False] * len(prompt) + [True] * len(reply)
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> PreTrainedModel:

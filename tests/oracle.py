@@ -8,6 +8,7 @@ A sample is `(ids, scored)`: token ids and, for each token, whether it counts. A
 
 import copy
 import math
+from collections import namedtuple
 
 import torch
 
@@ -21,8 +22,8 @@ def float64_copy(model):
     return model
 
 
-def token_logprobs(model, sample):
-    """log p(token | tokens before it) of every scored token of one sequence: a list of float64 scalars.
+def token_scores(model, sample):
+    """(log p(token | tokens before it), log Σ_v p(v)²) of every scored token of one sequence: float64 scalars.
 
     The first token of a sequence has nothing before it, so it is never scored.
     """
@@ -33,9 +34,13 @@ def token_logprobs(model, sample):
         if scored[t]:
             row = logits[t - 1]
             highest = row.max().detach()
-            log_normalizer = highest + torch.log(torch.exp(row - highest).sum())
-            out.append(row[ids[t]] - log_normalizer)
+            logprobs = row - highest - torch.log(torch.exp(row - highest).sum())
+            out.append((logprobs[ids[t]], torch.log(torch.exp(2 * logprobs).sum())))
     return out
+
+
+def token_logprobs(model, sample):
+    return [logprob for logprob, _ in token_scores(model, sample)]
 
 
 def language_model_loss(model, samples):
@@ -48,18 +53,90 @@ def log_sigmoid(x):
     return -torch.log1p(torch.exp(-x)) if x > 0 else x - torch.log1p(torch.exp(x))
 
 
-def sigmoid_preference_loss(model, reference, pairs, beta, label_smoothing=0.0):
-    """DPO, arXiv 2305.18290 eq. 7, and its conservative form: mean over pairs of −(1−e)·logσ(βD) − e·logσ(−βD)."""
-    total = 0.0
-    for chosen, rejected in pairs:
-        with torch.no_grad():
-            reference_chosen = sum(token_logprobs(reference, chosen))
-            reference_rejected = sum(token_logprobs(reference, rejected))
-        ratio_chosen = sum(token_logprobs(model, chosen)) - reference_chosen
-        ratio_rejected = sum(token_logprobs(model, rejected)) - reference_rejected
-        scaled = beta * (ratio_chosen - ratio_rejected)
-        total = total - (1 - label_smoothing) * log_sigmoid(scaled) - label_smoothing * log_sigmoid(-scaled)
-    return total / len(pairs)
+def divergence_score(r, kind, a):
+    """f-DPO, arXiv 2309.16240: the derivative of f at e^r, up to a constant that cancels; a is 1 − the paper's α."""
+    if kind == "alpha_divergence":
+        return (torch.exp((a - 1) * r) - 1) / (a - 1)
+    return {"reverse_kl": r, "forward_kl": 1 - torch.exp(-r), "js_divergence": math.log(2) + log_sigmoid(r)}[kind]
+
+
+# log-prob by policy and reference, p − q, its divergence score, tokens, plain log-prob of all, log odds of its mean, WPO's mean
+Answer = namedtuple("Answer", "p q r s n whole odds certainty")
+
+
+def answer(model, reference, sample, shorter, ld_alpha, kind, a):
+    """One answer; in p and q, tokens beyond the pair's shorter length count `ld_alpha` (LD-DPO, arXiv 2409.06411)."""
+    tokens = token_scores(model, sample)
+    with torch.no_grad():
+        others = [] if reference is None else token_logprobs(reference, sample)
+    p = sum(logprob * (1 if t < shorter else ld_alpha) for t, (logprob, _) in enumerate(tokens))
+    q = sum(logprob * (1 if t < shorter else ld_alpha) for t, logprob in enumerate(others))
+    n, whole = len(tokens), sum(logprob for logprob, _ in tokens)
+    odds = whole / n - torch.log(1 - torch.exp(whole / n))
+    certainty = sum(float((logprob - collision).detach()) for logprob, collision in tokens) / n
+    return Answer(p, q, p - q, divergence_score(p - q, kind, a), n, whole, odds, certainty)
+
+
+def pair_loss(name, won, lost, b, e, tau, gamma, delta):
+    """One pair; b is β, e the share of wrong labels. The docs say which paper each is from."""
+    L, S, x = log_sigmoid, torch.sigmoid, b * (won.s - lost.s)  # noqa: N806 - as the papers write it
+    by_length = won.s / won.n - lost.s / lost.n
+    return {
+        "sigmoid": lambda: -(1 - e) * L(x) - e * L(-x),
+        "sigmoid_norm": lambda: -L(b * by_length),
+        "hinge": lambda: torch.clamp(1 - x, min=0),
+        "ipo": lambda: (by_length - 1 / (2 * b)) ** 2,
+        "exo_pair": lambda: S(x) * (L(x) - math.log(1 - e)) + S(-x) * (L(-x) - math.log(e)),
+        "nca_pair": lambda: -L(b * won.r) - 0.5 * L(-b * won.r) - 0.5 * L(-b * lost.r),
+        "robust": lambda: (-(1 - e) * L(x) + e * L(-x)) / (1 - 2 * e),
+        "bco_pair": lambda: -L(b * won.r - delta) - L(-(b * lost.r - delta)),
+        "sppo_hard": lambda: (won.r - 1 / (2 * b)) ** 2 + (lost.r + 1 / (2 * b)) ** 2,
+        "apo_zero": lambda: 1 - S(b * won.r) + S(b * lost.r),
+        "apo_down": lambda: S(b * won.r) + 1 - S(b * (won.r - lost.r)),
+        "discopop": lambda: (1 - S(x / tau)) * -L(x) + S(x / tau) * torch.exp(-x),
+        "simpo": lambda: -L(b * (won.p / won.n - lost.p / lost.n) - gamma),
+        "orpo": lambda: -L(won.odds - lost.odds),
+        "cpo": lambda: -L(b * (won.p - lost.p)),
+    }[name]()
+
+
+def sorted_loss(above, below, b, e):
+    """AOT, arXiv 2406.05882: the distribution of one quantity over the whole step against that of another."""
+    steps = [b * (high - low) for high, low in zip(sorted(above), sorted(below), strict=True)]
+    return sum(-(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x) for x in steps) / len(steps)
+
+
+def preference_loss(
+    model, reference, pairs, losses, *, beta=0.1, label_smoothing=0.0, discopop_tau=0.05, simpo_gamma=0.5, orpo_lambda=0.1,
+    cpo_alpha=1.0, f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, use_weighting=False, ld_alpha=1.0, rewards=None,
+):  # fmt: skip
+    """Σ weight · loss over `losses` = {name: weight}, of the pairs of one optimizer step. A `reference` of None counts as 0.
+
+    rewards: β·r of both answers of all steps before; this step's are added, and the δ of `bco_pair` is their mean (None: 0).
+    """
+    both, delta = [], 0.0
+    for pair in pairs:
+        how = (min(sum(scored[1:]) for _, scored in pair), ld_alpha, f_divergence_type, f_alpha_divergence_coef)
+        both.append([answer(model, reference, sample, *how) for sample in pair])
+    if rewards is not None:
+        rewards += [float(beta * one.r.detach()) for pair in both for one in pair]
+        delta = sum(rewards) / len(rewards)
+    total, nll = 0.0, -sum(w.whole for w, _ in both) / sum(w.n for w, _ in both)
+    for name, weight in losses.items():
+        if name == "sft":
+            value = nll
+        elif name == "aot":
+            value = sorted_loss([w.p - v.p for w, v in both], [w.q - v.q for w, v in both], beta, label_smoothing)
+        elif name == "aot_unpaired":
+            value = sorted_loss([w.r for w, _ in both], [v.r for _, v in both], beta, label_smoothing)
+        else:
+            values = [pair_loss(name, w, v, beta, label_smoothing, discopop_tau, simpo_gamma, delta) for w, v in both]
+            if use_weighting:  # WPO, arXiv 2406.11827; the weight has no gradient
+                values = [one * math.exp(w.certainty + v.certainty) for one, (w, v) in zip(values, both, strict=True)]
+            value = sum(values) / len(pairs)
+        value = {"orpo": nll + orpo_lambda * value, "cpo": value + cpo_alpha * nll}.get(name, value)
+        total = total + weight * value
+    return total
 
 
 def gradients(model, loss):
@@ -92,12 +169,9 @@ class AdamW:
     """Decoupled weight decay, arXiv 1711.05101 algorithm 2, with one learning rate and decay on the named parameters."""
 
     def __init__(self, model, decayed, weight_decay, betas, epsilon):
-        self.model, self.decayed, self.weight_decay, self.betas, self.epsilon = (
-            model, decayed, weight_decay, betas, epsilon,
-        )  # fmt: skip
-        self.first = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-        self.second = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-        self.count = 0
+        self.model, self.decayed, self.weight_decay = model, decayed, weight_decay
+        self.betas, self.epsilon, self.count = betas, epsilon, 0
+        self.first, self.second = ({n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2))
 
     @torch.no_grad()
     def step(self, grads, rate):
@@ -119,8 +193,7 @@ def train(model, loss_of_batch, batches, optimizer, rates, max_grad_norm):
     for batch, rate in zip(batches, rates, strict=True):
         loss = loss_of_batch(model, batch)
         grads = gradients(model, loss)
-        if first_gradients is None:
-            first_gradients = {name: g.clone() for name, g in grads.items()}
+        first_gradients = first_gradients or {name: g.clone() for name, g in grads.items()}
         scale = clip_scale(grads, max_grad_norm)
         optimizer.step({name: g * scale for name, g in grads.items()}, rate)
         losses.append(float(loss.detach()))

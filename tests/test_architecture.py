@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"layout", "distributed", "checkpoint", "metrics", "precision", "hub"},
     {"models", "data"},
     {"objectives", "evaluation"},
-    {"training", "training.optim", "training.loop", "training.stage"},
+    {"training", "training.optim", "training.loop", "training.preflight", "training.stage"},
     {"training.train_lm", "training.train_sft", "training.train_dpo"},
     {"", "pipeline", "report", "cli", "__main__"},  # "" is modern_llm/__init__.py
 ]
@@ -27,6 +27,7 @@ SIBLINGS = {
     ("evaluation", "objectives"),
     ("training.loop", "training.optim"),
     ("training.stage", "training.loop"),
+    ("training.stage", "training.preflight"),
     ("pipeline", "report"),
     ("cli", "report"),
     ("cli", "pipeline"),

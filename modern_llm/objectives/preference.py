@@ -309,21 +309,6 @@ class _RunningMean:
     def add(self, total: float, count: int) -> None:
         self.total, self.count = self.total + total, self.count + count
 
-    def closing(self, evaluation: dict[str, float], report: dict[str, Any]) -> str | None:
-        cut, pairs = report.get("cut_end", 0), report["examples"] + report["eval_examples"]
-        found = [f"answers of {cut / max(pairs, 1):.1%} of the pairs lost their end"]
-        if evaluation:
-            found.append(f"held-out accuracy {evaluation['rewards/accuracies']:.1%}")
-            for side in ("longer", "shorter"):
-                if (share := evaluation.get(f"rewards/accuracies_where_chosen_is_{side}")) is not None:
-                    found.append(f"{share:.1%} where the chosen answer is {side}")
-            if self.config.needs_reference:
-                nats = (evaluation[f"rewards/{side}"] / self.config.beta for side in ("chosen", "rejected"))
-                found.append("chosen {:+.2f} and rejected {:+.2f} nats an answer from the reference".format(*nats))
-            if (correlation := evaluation.get("margin_length_correlation")) is not None:
-                found.append(f"correlation of margin and length {correlation:+.2f}")
-        return "; ".join(found)
-
     def state(self) -> dict[str, Any]:
         return {"total": self.total, "count": self.count}
 

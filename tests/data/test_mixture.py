@@ -149,7 +149,8 @@ def test_a_micro_batch_stays_within_its_tokens_unless_one_example_is_longer(leng
     for batch in found:
         assert batch.row.ids.shape[1] == sum(lengths[row] for row in batch.row_ids)
         assert batch.row.ids.shape[1] <= budget or len(batch.row_ids) == 1
-        assert batch.counts == {"tokens": batch.row.num_scored, "examples": len(batch.row_ids)}
+        one_segment = {"tokens": batch.row.num_scored, "chosen_tokens": batch.row.num_scored}
+        assert batch.counts == {**one_segment, "examples": len(batch.row_ids)}
 
 
 # Holding out

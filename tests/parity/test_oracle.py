@@ -10,8 +10,12 @@ import oracle
 import pytest
 import torch
 from helpers import (
+    ANSWERS,
     KERNELS,
+    QUESTIONS,
     SENTENCES,
+    WRONG,
+    chat,
     identical,
     largest_difference,
     logged,
@@ -57,21 +61,6 @@ Split = int | str
 """Examples of a micro-batch, or how many tokens it may hold."""
 SPLITS: tuple[Split, ...] = (1, 2, BATCH, "60 tokens")
 STAGES = {"pretrain": None, "sft": None, "dpo": 0.0, "conservative_dpo": 0.1}
-
-QUESTIONS = ("Who sat?", "Where did the dog run?", "What does he bake?", "Did it rain?", "Why?", "How many swans?")
-ANSWERS = ("The cat.", "Over the hill and back.", "Cakes", "Yes, all night long, on the roof.", "No one knows", "Seven.")
-WRONG = ("A dog sat on the mat.", "Home", "Bread, and he eats both.", "No.", "The moon follows the car home.", "Eight swans")
-
-
-def chat(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tuple[list[int], list[bool]]:
-    """ChatML by hand: template and words are encoded apart, and the answer counts with its end token."""
-    prompt = [
-        *tokenizer.encode("<|im_start|>user\n"),
-        *tokenizer.encode(question),
-        *tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n"),
-    ]
-    reply = [*tokenizer.encode(answer), *tokenizer.encode("<|im_end|>")]
-    return prompt + reply, [False] * len(prompt) + [True] * len(reply)
 
 
 def blocks(tokenizer: PreTrainedTokenizerFast) -> list[list[tuple[list[int], list[bool]]]]:
@@ -167,7 +156,7 @@ def story(
         run = lambda out, config: run_dpo(begin, in_folder(config, out), dpo, pairs)  # noqa: E731
 
         def loss(model: PreTrainedModel, batch: list[Any]) -> Tensor:
-            return oracle.sigmoid_preference_loss(model, reference, batch, BETA, smoothing)
+            return oracle.preference_loss(model, reference, batch, {"sigmoid": 1.0}, beta=BETA, label_smoothing=smoothing)
 
     assert BATCH < len(examples) < 2 * BATCH, "step 2 must hold fewer rows than step 1, and step 3 begin the second epoch"
     slow = oracle.float64_copy(model)

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
-from modern_llm.data.loader import epoch_order
-from modern_llm.layout import PackedRow
+from modern_llm.data.loader import MicroBatch, epoch_order
 from modern_llm.models.policy import Policy
 from modern_llm.objectives import LanguageModelingObjective, Outcome
 from modern_llm.training.loop import MOST_SKIPPED_STEPS_IN_A_ROW, Loop
@@ -34,10 +33,11 @@ class SpoiledObjective(LanguageModelingObjective):
     """The objective, with the loss of some optimizer steps spoiled in their second micro-batch of two."""
 
     def __init__(self, bad_steps: set[int], spoil: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
         self.bad_steps, self.spoil, self.calls = bad_steps, spoil, 0
 
-    def __call__(self, policy: Policy, row: PackedRow) -> Outcome:
-        outcome = super().__call__(policy, row)
+    def __call__(self, policy: Policy, batch: MicroBatch) -> Outcome:
+        outcome = super().__call__(policy, batch)
         step, second = self.calls // 2 + 1, self.calls % 2 == 1
         self.calls += 1
         if second and step in self.bad_steps:
