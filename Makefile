@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow bench-data bench-head check format docs clean
+.PHONY: quickstart test test-slow bench-data bench-dpo bench-head check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -13,6 +13,10 @@ BIN := .venv/bin
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/.installed-bench: .venv/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 quickstart: .venv/.installed  ## the whole pipeline on the built-in world, in minutes, on a CPU
@@ -26,6 +30,9 @@ test-slow: .venv/.installed-dev  ## the tests that take minutes
 
 bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
 	$(BIN)/python experiments/benchmarks/data/run.py
+
+bench-dpo: .venv/.installed-bench  ## preference training against TRL, with ARGS="…" for options; the last line is JSON
+	$(BIN)/python experiments/benchmarks/dpo/run.py $(ARGS)
 
 bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, plain; the last line is JSON
 	$(BIN)/python experiments/benchmarks/head/run.py

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import modern_llm
 from modern_llm import distributed
 from modern_llm.checkpoint import weights_hash
 from modern_llm.data.loader import micro_batches
@@ -133,7 +132,7 @@ def _key(examples: Mixture, reference: Policy, precision: torch.dtype, weights: 
 
 def _code_version() -> str:
     """sha256 of the code that computes log-probs of a packed row."""
-    root = Path(modern_llm.__file__).parent
+    root = Path(__file__).parents[1]
     files = [
         root / "layout.py",
         Path(__file__),

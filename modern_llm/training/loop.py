@@ -96,6 +96,8 @@ class Loop:
                 self.position = batch.after
                 self.log.advance()
                 self._periodic_work()
+        if closing := self.objective.closing(self.last_evaluation, self.data.report):
+            self.log.message(closing)
 
     def _periodic_work(self) -> None:
         config, last = self.config, self.step == self.config.max_steps

@@ -116,7 +116,7 @@ def train_stage(
     Args:
         stage: which stage this is.
         config: not resolved.
-        sections: the stage's other configs by name, for the record.
+        sections: the stage's other configs by name.
         model: where training starts, in fp32.
         tokenizer: travels with the checkpoint.
         tokenizer_name: what to record as its name.
@@ -124,7 +124,7 @@ def train_stage(
         objective: what is optimised.
         parent: the starting checkpoint, for the record.
         drop_out: whether the model's dropout is on.
-        prepare: what to do before the first step, also of a resumed run.
+        prepare: what to do before the first step, also of a resumed run; None: nothing.
         reference_weights: hash of another reference than the start, for the record.
 
     Raises:
@@ -135,15 +135,9 @@ def train_stage(
         raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
     device = distributed.device()
     precision, why = choose_precision(config.mixed_precision, device)
-    start_weights = folders.weights_hash(model)
     record = {
-        "stage": stage,
-        "config": {"train": plain(config), **{name: plain(section) for name, section in sections.items()}},
-        "parent": None if parent is None else {"checkpoint": str(parent), "weights": start_weights},
-        "start_weights": start_weights,
+        **_inputs(stage, {"train": config, **sections}, model, data, tokenizer, parent),
         "reference": reference_weights,
-        "data": data.fingerprint(),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokenizer_name": tokenizer_name,
         "precision": str(precision).removeprefix("torch."),
     }
@@ -156,10 +150,9 @@ def train_stage(
     if found == final:
         print(f"{config.run_name}: finished already: {final}", flush=True)
         return final
-    state = None
     if found is not None:
         folders.verify(found)
-        state = folders.load_state(found)
+    state = None if found is None else folders.load_state(found)
     policy = _make_policy(model, config, device, drop_out)
     start = 0 if state is None else state["step"]
     with RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to) as log:
@@ -169,21 +162,38 @@ def train_stage(
             target = config.output_dir / "checkpoints" / f"step-{step:06d}"  # type: ignore[operator]
             _save(target, model, tokenizer, {**record, "step": step, "run": config.run_name}, training_state)
 
-        if prepare is not None:
-            data = prepare(policy, data, precision, log)
+        data = data if prepare is None else prepare(policy, data, precision, log)
         if found is not None:
             model.load_state_dict(load_model(found).state_dict())
         loop = Loop(policy, objective, data, config, precision, log, save)
-        if state is not None:
-            loop.load(state)
-        else:
+        if state is None:
             preflight(policy, objective, data, tokenizer, precision, config, log)
+        else:
+            loop.load(state)
         loop.run()
-        if closing := objective.closing(loop.last_evaluation, data.report):
-            log.message(closing)
         _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
         log.message(f"saved {final}")
     return final
+
+
+def _inputs(
+    stage: Stage,
+    sections: dict[str, BaseModel],
+    model: PreTrainedModel,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerFast,
+    parent: Path | str | None,
+) -> dict[str, Any]:
+    """What decides a run's result, for the record."""
+    start_weights = folders.weights_hash(model)
+    return {
+        "stage": stage,
+        "config": {name: plain(section) for name, section in sections.items()},
+        "parent": None if parent is None else {"checkpoint": str(parent), "weights": start_weights},
+        "start_weights": start_weights,
+        "data": data.fingerprint(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
 
 
 def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
