@@ -82,7 +82,7 @@ class DPOArguments(StrictModel):
     """Left out: the checkpoint's own tokenizer."""
 
 
-class CompareArguments(DPOArguments):
+class CompareArguments(StrictModel):
     """One start, one order of the pairs, one reference, several preference losses."""
 
     losses: str = "sigmoid,ipo,apo_zero"
@@ -243,12 +243,22 @@ def _tokenizer(words: list[str]) -> None:
     print(save_tokenizer(train_tokenizer(training_texts(a.dataset_config), a.vocab_size), a.output_dir))
 
 
+def _file_first(command: str, words: list[str], kind: type[BaseModel], example: str) -> str:
+    """The file that a command's first word names.
+
+    Raises:
+        UserError: there is none.
+    """
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        return words[0]
+    if {"-h", "--help"} & set(words):
+        parse(kind, f"{command} FILE", words)
+    raise UserError(f"{command}: give the file first, e.g. modern-llm {command} {example}")
+
+
 def _inspect(words: list[str]) -> None:
-    if not words or words[0].startswith("-") or "=" in words[0]:
-        if {"-h", "--help"} & set(words):
-            parse(InspectArguments, "inspect FILE", words)
-        raise UserError("inspect: give the pipeline file first, e.g. modern-llm inspect configs/quickstart.yaml --rows 2")
-    config = parse(PipelineConfig, "inspect", ["--config", words[0]])
+    file = _file_first("inspect", words, InspectArguments, "configs/quickstart.yaml --rows 2")
+    config = parse(PipelineConfig, "inspect", ["--config", file])
     a = parse(InspectArguments, "inspect FILE", words[1:])
     from modern_llm.report.rows import inspect
 
@@ -256,12 +266,12 @@ def _inspect(words: list[str]) -> None:
 
 
 def _compare_losses(words: list[str]) -> None:
-    if words and not words[0].startswith("-") and "=" not in words[0]:
-        words = ["--config", *words]
-    a = parse(CompareArguments, "compare-losses", words)
+    file = _file_first("compare-losses", words, CompareArguments, "dpo.yaml --losses sigmoid,ipo")
+    a = parse(DPOArguments, "compare-losses", ["--config", file])
+    b = parse(CompareArguments, "compare-losses FILE", words[1:])
     from modern_llm.report.compare import compare_losses
 
-    compare_losses(a.sft_checkpoint, a.train_config, a.dpo_config, a.preference_config, a.tokenizer_name, a.losses, a.seeds)
+    compare_losses(a.sft_checkpoint, a.train_config, a.dpo_config, a.preference_config, a.tokenizer_name, b.losses, b.seeds)
 
 
 def _schema(words: list[str]) -> None:
