@@ -1,5 +1,9 @@
 """The one module through which every stage calls a model: packed row in, log-prob of each scored token out."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,7 +13,9 @@ from modern_llm.layout import PackedRow, Segment, pack
 from modern_llm.losses.token_logprobs import TokenScores, scores_from_logits, token_scores
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
 
-CHECK_LENGTHS = (3, 11, 7)
+CHECK_LENGTHS = (3, 11, 7, 12)
+CHECK_SHARED = 5
+"""Tokens that the last of these sequences shares with the one before it: a prompt with two answers."""
 CHECK_TOLERANCE = 1e-3
 """Nats per token between the packed path and the model's own logits. Rounding differs by about 1e-6 in fp32; a head or a mask
 that is left out differs by far more."""
@@ -26,17 +32,25 @@ class Policy(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, attention: Kernel = "auto") -> None:
-        """Wraps the model and checks, on three short sequences, that the packed path equals the model's own logits.
+        """Wraps the model and finds, on a few short sequences, a path that equals its own logits: packed, or else padded.
+
+        Models that mix positions in a way that packing does not know (state-space layers, ALiBi, attention outside the
+        interface) run padded.
 
         Raises:
-            UserError: the model mixes positions in a way that packing does not know (state-space layers, ALiBi, …).
+            UserError: neither packed rows nor padded lines give the model's own log-probs.
         """
         assert model.config._attn_implementation not in IMPLEMENTATIONS.values(), "a model goes into one policy"
         super().__init__()
         self.model = model
         self.attention: Kernel = attention
+        self.packs = True
+        """Whether the model runs on packed rows; else every sequence has a padded line of its own."""
         self.plain_head = True
-        self._check_against_own_logits(IMPLEMENTATIONS[attention])
+        """Whether the head is the output projection and nothing more."""
+        self.note: str | None = None
+        """A sentence for the log where it does not run in the fast way."""
+        self._choose_path()
 
     @property
     def device(self) -> torch.device:
@@ -44,52 +58,73 @@ class Policy(nn.Module):
 
     def forward(self, row: PackedRow, collisions: bool = False) -> TokenScores:
         """Scores of the row's targets, in row order; an empty set of targets gives empty scores."""
-        device = self.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
-        inputs = {
-            "input_ids": row.ids,
-            "position_ids": row.positions,
-            "packed": attention_layout(row, dtype, self.attention),
-            "use_cache": False,
-        }
+        inputs, predicting = self._packed(row) if self.packs else self._padded(row)
         if not self.plain_head:
             # `logits_to_keep` may be a tensor of positions (transformers 5.x); the head's own scale or cap is applied
-            logits = self.model(**inputs, logits_to_keep=row.predicting).logits[0]
-            return scores_from_logits(logits, row.targets)
-        hidden = self.model.base_model(**inputs).last_hidden_state[0]
+            keep = {"logits_to_keep": predicting[1]} if self.packs else {}
+            logits = self.model(**inputs, **keep, use_cache=False).logits
+            return scores_from_logits(logits[0] if self.packs else logits[predicting], row.targets)
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has an output projection"
-        return token_scores(hidden[row.predicting], head.weight, getattr(head, "bias", None), row.targets, collisions)
+        return token_scores(hidden[predicting], head.weight, getattr(head, "bias", None), row.targets, collisions)
+
+    def _packed(self, row: PackedRow) -> tuple[dict[str, Any], tuple[int, Tensor]]:
+        """The model's inputs, and where in its output a target is predicted: in line 0, at a position of the row."""
+        device = self.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+        layout = attention_layout(row, dtype, self.attention)
+        return {"input_ids": row.ids, "position_ids": row.positions, "packed": layout}, (0, row.predicting)
+
+    def _padded(self, row: PackedRow) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """The same with a line for each segment, what it shares included; padding stands behind, where nothing looks at it."""
+        start, own, prompt, shared = (column.tolist() for column in row.spans.T)
+        lines = [
+            torch.cat([row.ids[0, p : p + s], row.ids[0, a : a + n]])
+            for a, n, p, s in zip(start, own, prompt, shared, strict=True)
+        ]
+        ids = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
+        lengths = torch.tensor([len(line) for line in lines], device=ids.device)
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        return {"input_ids": ids, "attention_mask": mask}, (row.target_segments, row.positions[0, row.predicting])
 
     @torch.no_grad()
-    def _check_against_own_logits(self, implementation: str) -> None:
-        """Compare with the unwrapped model, one sequence at a time, without moving any random state."""
-        name = type(self.model).__name__
+    def _choose_path(self) -> None:
+        """Take the first path whose log-probs are those of the unwrapped model, which sees one sequence at a time.
+
+        Moves no random state.
+        """
+        name, own_attention = type(self.model).__name__, str(self.model.config._attn_implementation)
         was_training = self.model.training
         self.model.eval()
-        ids = check_sequences(self.model)
-        try:
-            own = torch.cat([self._own_logprobs(sequence) for sequence in ids])
-            heads = (True, False) if self._projection_is_last(ids[0]) else (False,)
-            row = check_row(self.model).to(self.device)
-            self.model.set_attn_implementation(implementation)
-            differences = {}
-            for plain_head in heads:
-                self.plain_head = plain_head
-                differences[plain_head] = float((self(row).logprobs - own).abs().max())
-                if differences[plain_head] <= CHECK_TOLERANCE:
-                    break
-            else:
-                raise UserError(
-                    f"{name} cannot be trained on packed rows: its log-probs differ by {differences[False]:.3g} nats from its "
-                    f"own logits, so some layer mixes positions outside the attention interface; use another architecture"
-                )
-        except UserError:
-            raise
-        except Exception as error:  # whatever a model's own code stumbles over means the same: it cannot take a packed row
-            raise UserError(f"{name} cannot be trained on packed rows: {error}") from error
-        finally:
-            self.model.train(was_training)
+        segments, row = check_segments(self.model), check_row(self.model).to(self.device)
+        wanted = torch.cat([self._own_logprobs(segment) for segment in segments])
+        heads = (True, False) if self._projection_is_last(torch.from_numpy(segments[0].ids)) else (False,)
+        reasons = {True: self._difference(row, wanted, heads, IMPLEMENTATIONS[self.attention])}
+        if reasons[True] and self.attention == "auto":  # who asks for a kernel gets it, or an error
+            self.packs = False
+            reasons[False] = self._difference(row, wanted, heads, own_attention)
+        self.model.train(was_training)
+        if reasons[self.packs]:
+            tried = "; ".join(f"{'packed' if packs else 'padded'}: {reason}" for packs, reason in reasons.items())
+            raise UserError(f"{name} cannot be trained with attention='{self.attention}' ({tried}): use another architecture")
+        if not self.packs:
+            self.note = f"{name} cannot run on packed rows ({reasons[True]}), so it runs padded, with more memory and time"
+
+    def _difference(self, row: PackedRow, wanted: Tensor, heads: Sequence[bool], attention: str) -> str | None:
+        """Why none of the heads gives the wanted log-probs on the present path; None as soon as one does, which stays set."""
+        reason = None
+        for self.plain_head in heads:
+            try:
+                self.model.set_attn_implementation(attention)
+                difference = float((self(row).logprobs - wanted).abs().max())
+            except Exception as error:  # whatever a model's own code stumbles over means the same: not this way
+                reason = str(error)
+                continue
+            if difference <= CHECK_TOLERANCE:
+                return None
+            reason = f"its log-probs differ by {difference:.3g} nats from its own logits"
+        return reason
 
     def _projection_is_last(self, ids: Tensor) -> bool:
         """Whether the logits are the output projection's very values, at any size of them.
@@ -111,22 +146,26 @@ class Policy(nn.Module):
             hook.remove()
         return len(put) == 1 and torch.equal(logits, put[0])
 
-    def _own_logprobs(self, ids: Tensor) -> Tensor:
-        """(tokens − 1,) log-probs of one sequence through the model's unchanged forward."""
-        ids = ids.to(self.device)
+    def _own_logprobs(self, segment: Segment) -> Tensor:
+        """(own tokens that count,) log-probs of one sequence through the model's unchanged forward."""
+        ids = torch.from_numpy(segment.ids).to(self.device)
         logits = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-        return logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+        logprobs = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+        return logprobs[max(segment.shared - 1, 0) :]
 
 
-def check_sequences(model: PreTrainedModel) -> list[Tensor]:
-    """The sequences on which a policy is checked: always the same, without moving any random state."""
+def check_segments(model: PreTrainedModel) -> list[Segment]:
+    """The sequences on which a policy is checked: always the same, without moving any random state; every own token counts."""
     generator, vocab = torch.Generator().manual_seed(0), vocabulary_rows(model)
-    return [torch.randint(vocab, (length,), generator=generator) for length in CHECK_LENGTHS]
+    ids = [torch.randint(vocab, (length,), generator=generator).numpy() for length in CHECK_LENGTHS]
+    ids[-1][:CHECK_SHARED] = ids[-2][:CHECK_SHARED]
+    whole = [Segment(sequence, np.ones(len(sequence), dtype=bool)) for sequence in ids[:-1]]
+    return [*whole, Segment(ids[-1], np.arange(len(ids[-1])) >= CHECK_SHARED, CHECK_SHARED)]
 
 
 def check_row(model: PreTrainedModel) -> PackedRow:
-    """The same, packed; every token counts."""
-    return pack([Segment(s.numpy(), torch.ones(len(s), dtype=torch.bool).numpy()) for s in check_sequences(model)])
+    """The same, packed."""
+    return pack(check_segments(model))
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:

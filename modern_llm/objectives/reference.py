@@ -122,7 +122,7 @@ def _key(examples: Mixture, reference: Policy, precision: torch.dtype, weights: 
         "pairs": examples.fingerprint(),
         "precision": str(precision),
         "attention": reference.attention,
-        "plain_head": reference.plain_head,
+        "path": (reference.packs, reference.plain_head),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "code": _code_version(),

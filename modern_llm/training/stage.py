@@ -156,7 +156,7 @@ def train_stage(
     policy = _make_policy(model, config, device, drop_out)
     start = 0 if state is None else state["step"]
     with RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to) as log:
-        _describe(log, model, data, config, f"{device} {why}", found)
+        _describe(log, policy, data, config, f"{device} {why}", found)
 
         def save(step: int, training_state: dict[str, Any]) -> None:
             target = config.output_dir / "checkpoints" / f"step-{step:06d}"  # type: ignore[operator]
@@ -220,11 +220,13 @@ def _make_policy(model: PreTrainedModel, config: TrainingConfig, device: torch.d
 
 
 def _describe(
-    log: RunLog, model: PreTrainedModel, data: PreparedData, config: TrainingConfig, where: str, resumed: Path | None
+    log: RunLog, policy: Policy, data: PreparedData, config: TrainingConfig, where: str, resumed: Path | None
 ) -> None:
     """What is about to run, in a few lines."""
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.message(f"{type(model).__name__} {parameters / 1e6:.2f}M parameters on {where}")
+    parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    if policy.note is not None:
+        log.message(policy.note)
+    log.message(f"{type(policy.model).__name__} {parameters / 1e6:.2f}M parameters on {where}")
     log.message("data " + " ".join(f"{name}={count}" for name, count in data.report.items() if count))
     if config.micro_batch_tokens is not None:
         log.message(f"{config.max_steps} steps of {config.batch_size}, in micro-batches of {config.micro_batch_tokens} tokens")
