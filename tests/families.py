@@ -78,6 +78,8 @@ def families(rate: float = 0.0) -> dict[str, PreTrainedConfig]:
 
 OWN_HEAD = {"gemma2", "granite", "cohere"}
 """Families whose logits are more than a product: a soft cap, a scale."""
+PADDED = {"gptj"}
+"""Families whose attention is not reached from outside, so that they run on padded lines."""
 WINDOWED = ("mistral", "gemma2", "gemma3", "phimoe", "gpt_oss")
 """Families with a sliding window in at least one layer."""
 

@@ -124,7 +124,8 @@ def make_loop(
     settings = {"optimizer": "adamw", "warmup_steps": 0, "log_every": 1, "mixed_precision": "fp32", **settings}
     config = resolve(TrainingConfig(output_dir=folder, run_name="run", **settings), "sft", world_size, len(examples))
     assert config.max_steps is not None
-    data = PreparedData(mixture_of(list(examples)), mixture_of(list(evaluation)))
+    report = {"examples": len(examples), "eval_examples": len(evaluation)}
+    data = PreparedData(mixture_of(list(examples)), mixture_of(list(evaluation)), report)
     log = RunLog(folder, "run", config.max_steps, 0, ())
     return Loop(Policy(model), objective or LanguageModelingObjective(), data, config, torch.float32, log, save)
 

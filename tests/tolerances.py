@@ -10,6 +10,8 @@ WEIGHT = 2e-5
 """Absolute, of any weight after three AdamW steps; weights here are of the order of 0.1."""
 SPLIT_GRADIENT = 1e-6
 """Relative: the same gradient from other micro-batches or ranks; only the order of fp32 additions differs."""
+SPLIT_LOSS = 2e-6
+"""Relative, of a logged loss: the same loss from other micro-batches or ranks."""
 SPLIT_WEIGHT = 1e-6
 """Absolute, of any weight after three steps in other micro-batches or on other ranks."""
 LN_2 = 1e-6
@@ -22,6 +24,11 @@ BF16_LOGIT = 3 * 2.0**-9
 product is off by 2⁻⁹ three times. A log-prob is off by at most twice the largest error of a logit."""
 BF16_HEAD_GRADIENT = 1e-2
 """Relative: gradient through the bf16 head against float64; measured up to 2.8e-3."""
-BF16_PREFERENCE_LOSS = 0.05
-"""Relative: a logged preference loss of a bf16 run on sharpened models against the oracle's; measured up to 0.017. Logits of the
+BF16_PREFERENCE_LOSS = 0.03
+"""Relative: a logged preference loss of a bf16 run on sharpened models against the oracle's; measured up to 0.01. Logits of the
 order of 3 are off by 0.01 each, and answers of ten tokens add that up."""
+BF16_ATTENTION = 1e-2
+"""Relative: value and gradients of bf16 attention against float64; measured up to 6e-3."""
+BF16_CACHED_LOGPROB = 5e-3
+"""Per token of an answer: reference log-probs out of the cache, asked in rows of another size, against live ones in bf16;
+measured up to 9e-4 (3 and 4 layers of 256 channels, on a CPU with AVX512-BF16)."""

@@ -13,7 +13,7 @@ from modern_llm.data.messages import Pair
 from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example
 from modern_llm.models.policy import Policy
-from modern_llm.objectives.preference import answer_scores
+from modern_llm.objectives.answers import answer_scores
 
 
 @torch.no_grad()

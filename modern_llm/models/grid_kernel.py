@@ -29,7 +29,8 @@ def grid_attention(query: Tensor, key: Tensor, value: Tensor, grids: Grids, scal
     Returns:
         (T, H, V).
     """
-    return _forward(query, key, value, *grids[:5], scaling, window or 0)[0]
+    with torch.autocast(query.device.type, enabled=False):  # the products run in the type that comes
+        return _forward(query, key, value, *grids[:5], scaling, window or 0)[0]
 
 
 def _stacked(x: Tensor, cells: Tensor, groups: int) -> Tensor:
@@ -122,8 +123,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward_of(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    grads = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.scaling)
+def _backward_of(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.scaling)
     return *grads, *[None] * 7
 
 

@@ -39,8 +39,10 @@ class Grid:
     def visible(self, window: int | None) -> Tensor:
         """(n or 1, Q, W) bool, True where a query sees a key: 0 ≤ position of the query − that of the key < window."""
         first = self.shared[:, None, None] if self.is_branch else self.shared[:1, None, None]
-        query = first + torch.arange(self.queries.shape[1], device=first.device)[:, None]
-        distance = query - torch.arange(self.keys.shape[1], device=first.device)
+        seen = self.keys.shape[1]
+        # a padding query may stand behind every key: without the bound it would see none, and its softmax would be NaN
+        query = (first + torch.arange(self.queries.shape[1], device=first.device)[:, None]).clamp(max=seen - 1)
+        distance = query - torch.arange(seen, device=first.device)
         return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 

@@ -1,12 +1,9 @@
-"""Preference training: what a policy says of the two answers of a pair, and the loss of it.
+"""Preference training: the loss of what a policy says of pairs, and the health of a run."""
 
-A row holds the two sides of each pair next to each other, chosen first: segments 2i and 2i + 1 are pair i. Sums are fp32 and
-over answer tokens alone.
-"""
-
+import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +12,10 @@ from modern_llm import distributed
 from modern_llm.config import DPOConfig, UserError
 from modern_llm.config.dpo import REFERENCE_LOSSES
 from modern_llm.data.loader import MicroBatch
-from modern_llm.layout import PackedRow
 from modern_llm.losses import preference as losses
 from modern_llm.losses.preference import Divergence, PairScores
 from modern_llm.models.policy import Policy
+from modern_llm.objectives.answers import AnswerScores, answer_scores
 from modern_llm.objectives.base import Objective, Outcome, Term
 
 FALLING_LINES = 5
@@ -27,46 +24,6 @@ FALLING_LINES = 5
 START_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.1}
 """Nats a token by which policy and reference may differ before the first update, since the reference was asked in rows of other
 sizes, for which kernels add up in another order. In bf16 one rounding of a logit near 16 is 0.06."""
-
-
-class AnswerScores(NamedTuple):
-    """What a model says of each answer; every tensor is (pairs, 2), chosen and rejected."""
-
-    whole: Tensor
-    """log p(answer | prompt), nats, fp32."""
-    first: Tensor
-    """The same over the first m tokens of both answers, m the length of the shorter one."""
-    tokens: Tensor
-    """Tokens of the answer."""
-    certainty: Tensor
-    """Mean over tokens of log p(token) − log Σ_v p(v)², nats; NaN where it was not asked for."""
-
-
-def answer_scores(policy: Policy, row: PackedRow, certainty: bool = False) -> AnswerScores:
-    """Score both answers of every pair of a row.
-
-    Args:
-        policy: the model.
-        row: two segments a pair.
-        certainty: whether `certainty` is wanted, which costs another pass over the vocabulary.
-    """
-    scores = policy(row, certainty)
-    tokens = torch.bincount(row.target_segments, minlength=row.num_segments)
-    shorter = tokens.view(-1, 2).amin(1).repeat_interleave(2)
-    place = torch.arange(row.num_scored, device=tokens.device) - (tokens.cumsum(0) - tokens)[row.target_segments]
-    in_first = place < shorter[row.target_segments]
-
-    def per_answer(values: Tensor) -> Tensor:
-        # index_add would have no fixed order on a GPU
-        return torch.segment_reduce(values, "sum", lengths=tokens, initial=0.0).view(-1, 2)
-
-    counts = tokens.to(scores.logprobs.dtype).view(-1, 2)
-    return AnswerScores(
-        whole=per_answer(scores.logprobs),
-        first=per_answer(scores.logprobs * in_first),
-        tokens=counts,
-        certainty=per_answer((scores.logprobs - scores.collisions).detach()) / counts,
-    )
 
 
 class PreferenceObjective(Objective):
@@ -92,6 +49,7 @@ class PreferenceObjective(Objective):
         self.divergence = Divergence(config.f_divergence_type, config.filled("f_alpha_divergence_coef"))
         self.mean_reward = _RunningMean()
         self._planned: deque[tuple[Tensor, Tensor]] = deque()
+        self._first_reward: float | None = None
         self._last_reward, self._falling_lines, self._warned = 0.0, 0, False
 
     def __call__(self, policy: Policy, batch: MicroBatch) -> Outcome:
@@ -114,8 +72,11 @@ class PreferenceObjective(Objective):
             examples={
                 "margins": values["rewards/margins"],
                 "longer_by": scores.tokens[:, 0] - scores.tokens[:, 1],
-                "nats_from_reference": torch.maximum(pairs.chosen_ratios.abs(), pairs.rejected_ratios.abs()).detach(),
-                "tokens": scores.tokens.amin(1),
+                "nats_from_reference": torch.stack(
+                    [pairs.chosen_ratios.abs() / pairs.chosen_tokens, pairs.rejected_ratios.abs() / pairs.rejected_tokens]
+                )
+                .detach()
+                .amax(0),
             },
         )
 
@@ -190,7 +151,8 @@ class PreferenceObjective(Objective):
             pairs = self._pairs(known)
             if training and self.config.bco_running_mean:
                 rewards = self.config.beta * torch.stack([pairs.chosen_ratios, pairs.rejected_ratios]).detach().double()
-                self.mean_reward.add(float(rewards.sum()), rewards.numel())
+                if math.isfinite(total := float(rewards.sum())):  # else the step is skipped, and must leave no trace
+                    self.mean_reward.add(total, rewards.numel())
             weights = self.config.pair_weights()
             values = torch.stack([weights[name] * loss for name, loss in self._losses(pairs).items()]).sum(0)
             (slopes,) = torch.autograd.grad(values.sum(), known)
@@ -210,9 +172,10 @@ class PreferenceObjective(Objective):
 
     def check_start(self, batch: MicroBatch, outcome: Outcome, precision: torch.dtype) -> None:
         """Before the first update policy and reference are one model: every log-ratio is 0, and the loss is that of 0."""
-        if not self.config.needs_reference or self.config.reference_checkpoint is not None:
+        elsewhere = not self.config.needs_reference or self.config.reference_checkpoint is not None
+        if elsewhere or not self.config.disable_dropout:
             return
-        per_token = outcome.examples["nats_from_reference"] / outcome.examples["tokens"]
+        per_token = outcome.examples["nats_from_reference"]
         allowed = START_TOLERANCE[precision]
         if (worst := float(per_token.max())) > allowed:
             raise UserError(
@@ -223,7 +186,9 @@ class PreferenceObjective(Objective):
         if wanted is None:
             return
         got = sum(term.weight * float(term.total.detach()) for name, term in outcome.terms.items() if name != "sft")
-        if abs(got / wanted - 1) > allowed * max(1.0, self.config.beta) * 10:
+        longest = float(torch.bincount(batch.row.target_segments).max())
+        # a loss of pairs moves by at most about β, or its square, times what an answer's log-prob does
+        if abs(got - wanted) > 10 * allowed * longest * max(1.0, self.config.beta) * (1 + abs(wanted)):
             raise UserError(
                 f"the loss of the first pairs is {got:.6f} instead of {wanted:.6f}: this is a bug, please report it"
             )
@@ -254,21 +219,25 @@ class PreferenceObjective(Objective):
     def warning(self, means: dict[str, float]) -> str | None:
         """Likelihood displacement (arXiv 2410.08847): the chosen answers get less likely, the rejected ones even more so."""
         reward = means["rewards/chosen"]
-        self._falling_lines = self._falling_lines + 1 if reward < min(self._last_reward, 0.0) else 0
+        if self._first_reward is None:
+            at_start = self.config.needs_reference and self.config.reference_checkpoint is None
+            self._first_reward = 0.0 if at_start else reward  # 0 where the reference is the start
+            self._last_reward = self._first_reward
+        lower = reward < min(self._last_reward, self._first_reward)
+        self._falling_lines = self._falling_lines + 1 if lower else 0
         self._last_reward = reward
         if self._falling_lines < FALLING_LINES or self._warned:
             return None
         self._warned = True
         return (
             f"the chosen answers became less likely over {FALLING_LINES} log lines in a row, by "
-            f"{-reward / self.config.beta:.1f} nats an answer since the start (likelihood displacement): "
-            f"add the chosen answers' own likelihood (loss_type=['sigmoid', 'sft']), or lower learning_rate or raise beta, and "
-            f"look at what the model writes"
+            f"{(self._first_reward - reward) / self.config.beta:.1f} nats an answer since the first (likelihood displacement): "
+            f"give more weight to the chosen answers' own likelihood (a list in loss_type with 'sft'), lower learning_rate or "
+            f"raise beta, and look at what the model writes"
         )
 
     def closing(self, evaluation: dict[str, float], report: dict[str, Any]) -> str | None:
-        cut, pairs = report.get("cut_end", 0), report["examples"] + report["eval_examples"]
-        found = [f"answers of {cut / max(pairs, 1):.1%} of the pairs lost their end"]
+        found = [f"answers of {report.get('cut_end', 0) / max(report.get('examples', 0), 1):.1%} of the pairs lost their end"]
         if evaluation:
             found.append(f"held-out accuracy {evaluation['rewards/accuracies']:.1%}")
             for side in ("longer", "shorter"):
@@ -283,13 +252,19 @@ class PreferenceObjective(Objective):
 
     def state(self) -> dict[str, Any]:
         moving = None if self.live is None else dict(self.live.model.named_parameters())
-        watch = {"last_reward": self._last_reward, "falling_lines": self._falling_lines, "warned": self._warned}
+        watch = {
+            "first_reward": self._first_reward,
+            "last_reward": self._last_reward,
+            "falling_lines": self._falling_lines,
+            "warned": self._warned,
+        }
         return {"mean_reward": self.mean_reward.state(), "reference": moving, "watch": watch}
 
     def load(self, state: dict[str, Any]) -> None:
         self.mean_reward.load(state["mean_reward"])
         watch = state["watch"]
-        self._last_reward, self._falling_lines, self._warned = watch["last_reward"], watch["falling_lines"], watch["warned"]
+        self._first_reward, self._last_reward = watch["first_reward"], watch["last_reward"]
+        self._falling_lines, self._warned = watch["falling_lines"], watch["warned"]
         if self.live is not None:
             with torch.no_grad():
                 for name, parameter in self.live.model.named_parameters():

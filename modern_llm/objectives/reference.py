@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,9 +27,11 @@ from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
 from modern_llm.data.store import cache_folder
 from modern_llm.models.policy import Policy
-from modern_llm.objectives.preference import answer_scores
+from modern_llm.objectives.answers import answer_scores
 from modern_llm.precision import autocast
 
+NAMES = ("_name_or_path", "transformers_version")
+"""Fields of a model's config that change no number."""
 PART = 512
 """Pairs to a part: what a killed run loses at most."""
 ROW_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -78,7 +80,7 @@ def _fill(folder: Path, starts: list[int], examples: Mixture, reference: Policy,
             table = _compute(part, reference, precision)
             scratch = folder / f".{_name(start)}.{os.getpid()}.{os.urandom(4).hex()}"
             try:
-                save_file({"logprobs": table}, scratch)
+                save_file({"logprobs": table}, scratch, metadata={"sha256": _sha256(table)})
                 scratch.replace(folder / _name(start))
             finally:
                 scratch.unlink(missing_ok=True)
@@ -90,14 +92,15 @@ def _fill(folder: Path, starts: list[int], examples: Mixture, reference: Policy,
 def _compute(part: list[Example], reference: Policy, precision: torch.dtype) -> Tensor:
     """(pairs, 2, 2) fp32 on the host."""
     table = torch.full((len(part), 2, 2), float("nan"))
-    was_training = reference.training
+    modes = {module: module.training for module in reference.modules()}
     reference.eval()
     part.sort(key=lambda example: -example.num_tokens)  # so that the pairs of a row are alike; `row` says where each belongs
     for batch in micro_batches(part, None, ROW_TOKENS[reference.device.type]):
         with autocast(precision, reference.device):
             scores = answer_scores(reference, batch.row.to(reference.device))
         table[batch.row_ids] = torch.stack([scores.whole, scores.first], dim=2).float().cpu()
-    reference.train(was_training)
+    for module, training in modes.items():
+        module.training = training
     return table
 
 
@@ -108,17 +111,22 @@ def _name(start: int) -> str:
 def _read(path: Path, size: int) -> Tensor | None:
     """A part, or None where it is missing or damaged."""
     try:
-        table = load_file(path)["logprobs"]
+        with safe_open(path, framework="pt") as file:
+            table, wanted = file.get_tensor("logprobs"), (file.metadata() or {})["sha256"]
     except (FileNotFoundError, SafetensorError, KeyError):
         return None
-    return table if table.shape == (size, 2, 2) and table.dtype == torch.float32 else None
+    return table if table.shape == (size, 2, 2) and table.dtype == torch.float32 and _sha256(table) == wanted else None
+
+
+def _sha256(table: Tensor) -> str:
+    return hashlib.sha256(table.numpy().tobytes()).hexdigest()
 
 
 def _key(examples: Mixture, reference: Policy, precision: torch.dtype, weights: str) -> str:
     device = reference.device
     decides = {
         "weights": weights,
-        "architecture": reference.model.config.to_dict(),
+        "architecture": {k: v for k, v in reference.model.config.to_dict().items() if k not in NAMES},
         "pairs": examples.fingerprint(),
         "precision": str(precision),
         "attention": reference.attention,
@@ -136,6 +144,7 @@ def _code_version() -> str:
     files = [
         root / "layout.py",
         Path(__file__),
+        Path(__file__).with_name("answers.py"),
         *sorted((root / "models").glob("*.py")),
         *sorted((root / "losses").glob("*.py")),
     ]

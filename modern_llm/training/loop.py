@@ -192,7 +192,6 @@ class Loop:
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         """Loss and metrics over examples: each sum divided by its count at the end, whatever the batch size."""
-        assert self.config.micro_batch_size is not None
         self.policy.eval()
         terms: dict[str, float] = {}
         sums = dict.fromkeys(self.objective.units, 0.0)

@@ -6,13 +6,15 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from families import GROUPED, OWN_HEAD, VOCAB, WINDOW, families, random_model
+from families import GPT, GROUPED, OWN_HEAD, PADDED, VOCAB, WINDOW, families, random_model
 from helpers import ARCHITECTURES, random_segment, relative_error, sample, sharpened, tiny_model
 from layouts import apart, everything
 from tolerances import GRADIENT, SPLIT_GRADIENT, TOKEN_LOGPROB
 from transformers import (
     BloomConfig,
+    CodeGenConfig,
     FalconConfig,
+    GPTNeoConfig,
     Lfm2Config,
     Llama4TextConfig,
     MambaConfig,
@@ -31,6 +33,12 @@ LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_m
 """Its attention sees chunks, and its body is not reached as other families' is."""
 WIDER = {**GROUPED, "hidden_size": 256, "intermediate_size": 512}
 """Wide enough for the short convolutions of fresh weights to show."""
+GPT_NEO: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW, "bos_token_id": 0,
+    "eos_token_id": 0,
+}  # fmt: skip
+"""Its local attention counts places in the row."""
 SMALL_FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -47,6 +55,8 @@ def test_hub_families_equal_the_oracle_in_logprobs_and_gradients(family: str, tm
     wanted = torch.stack([value for segment in everything() for value in oracle.token_logprobs(slow, sample(segment))])
     slow_gradients = oracle.gradients(slow, wanted.sum())
     policy = Policy(model)
+    assert policy.packs == (family not in PADDED)
+    assert (policy.note is None) == policy.packs
     assert policy.plain_head == (family not in OWN_HEAD)
     for segments in (everything(), apart(everything())):
         policy.zero_grad()
@@ -99,6 +109,9 @@ def test_a_capped_or_scaled_head_is_seen_in_a_model_whose_logits_are_still_small
         ("Llama4ForCausalLM", Llama4TextConfig(**LLAMA4)),
         ("FalconForCausalLM", FalconConfig(**SMALL_FALCON, alibi=True)),
         ("StableLmForCausalLM", StableLmConfig(**GROUPED)),
+        ("GPTNeoForCausalLM", GPTNeoConfig(**GPT_NEO)),
+        ("GPTJForCausalLM", families()["gptj"]),
+        ("CodeGenForCausalLM", CodeGenConfig(**GPT, rotary_dim=4, bos_token_id=0, eos_token_id=0)),
     ],
 )
 def test_what_packing_cannot_do_runs_padded_and_equals_the_oracle(

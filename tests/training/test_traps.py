@@ -3,7 +3,10 @@
 import copy
 import itertools
 import math
+import random
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from dense import visible
+from families import GROUPED, PADDED, WINDOW, WINDOWED, families, random_model
 from helpers import (
     ARCHITECTURES,
     KERNELS,
@@ -37,14 +42,17 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import apart, everything, pair
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tolerances import GRADIENT, LN_2, LOSS, SPLIT_GRADIENT, SPLIT_WEIGHT
+from tolerances import BF16_CACHED_LOGPROB, GRADIENT, LN_2, LOSS, SPLIT_GRADIENT, SPLIT_WEIGHT, TOKEN_LOGPROB
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     PersimmonConfig,
+    Phi3Config,
     PhimoeConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -59,12 +67,18 @@ from modern_llm.config import (
     UserError,
     resolve,
 )
-from modern_llm.data.loader import Position, epoch_order, steps
-from modern_llm.data.prepared import Example
-from modern_llm.layout import pack
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.loader import Position, epoch_order, micro_batches, steps
+from modern_llm.data.messages import Pair
+from modern_llm.data.preference_datasets import encode_pair
+from modern_llm.data.prepared import Example, PreparedData, mixture_of
+from modern_llm.data.store import CACHE_VARIABLE
+from modern_llm.layout import Segment, pack
 from modern_llm.models.build import load_model
-from modern_llm.models.policy import Policy, frozen
-from modern_llm.objectives import answer_logprobs
+from modern_llm.models.policy import Policy, disable_dropout, frozen
+from modern_llm.objectives import PreferenceObjective
+from modern_llm.objectives.answers import answer_scores
+from modern_llm.objectives.reference import with_reference
 from modern_llm.precision import autocast
 from modern_llm.training import loop as loop_module
 from modern_llm.training.optim import Optimizer
@@ -241,26 +255,77 @@ def test_trap_06_preference_training_starts_at_ln_2_with_margin_0_and_a_gradient
     assert line["grad_norm"] > 0
 
 
+def pair_examples(count: int = 6) -> list[Example]:
+    """Answers of 1 to 17 tokens to prompts of 2 to 24."""
+    draw = np.random.default_rng(0)
+
+    def words(most: int) -> list[int]:
+        return draw.integers(0, 256, int(draw.integers(1, most))).tolist()
+
+    pairs = [pair([1, *words(24)], [*words(17), i], [*words(17), i + 1]) for i in range(count - 1)]
+    return [Example(tuple(segments), row=i) for i, segments in enumerate([*pairs, pair(words(24), [5], [6])])]
+
+
+def with_cached_reference(policy: Policy, examples: list[Example], precision: torch.dtype) -> Any:
+    """The examples with what the policy says of them now, in rows of their own."""
+    return with_reference(PreparedData(mixture_of(examples), mixture_of([])), policy, precision)[0].train
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("family", sorted(families().keys() - {"phimoe"}))  # which draws its experts at random in train mode
+def test_trap_06_every_family_starts_at_ln_2_with_a_gradient(family: str, micro: int) -> None:
+    """In train mode, with dropout 0.1 in the config, and with a reference that was asked in rows of other sizes."""
+    model = sharpened(random_model(families(0.1)[family]), 2.0)
+    disable_dropout(model)
+    policy, objective = Policy(model).train(), PreferenceObjective(DPOConfig())
+    examples = with_cached_reference(policy, pair_examples(), torch.float32)
+    for batch in micro_batches(examples, micro):
+        outcome = objective(policy, batch)
+        assert outcome.terms["sigmoid"].total.item() / len(batch.row_ids) == pytest.approx(math.log(2), abs=LN_2)
+        assert outcome.metrics["rewards/margins"].item() == pytest.approx(0.0, abs=2 * LN_2)
+        outcome.terms["sigmoid"].total.backward()
+    assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 @pytest.mark.parametrize("off", [True, False], ids=["off", "asked for"])
 def test_trap_07_dropout_is_off_in_policy_and_reference(
     off: bool, kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """The policy in train mode gives the same twice; with `disable_dropout=False` it does not, and the reference still does."""
+    """The policy in train mode gives the same twice; with `disable_dropout=False` it does not, and the reference is still what
+    the start says in eval mode."""
     begin = save_start(model_with_dropout(kind, tokenizer, 0.5), tokenizer, tmp_path / "start")
     config = TrainingConfig(output_dir=tmp_path / "run", batch_size=2, max_steps=1, mixed_precision="fp32")
     with recorded_loops() as loops:
         run_dpo(begin, config, DPOConfig(disable_dropout=off), preference_rows(tmp_path))
-    policy, reference = loops[0].policy, loops[0].objective.reference
-    row = whole_row(loops[0].data.train)
+    policy, data = loops[0].policy, loops[0].data.train
+    row = whole_row(data)
     assert policy.training
+    before = Policy(load_model(begin)).eval()
+    with torch.no_grad():
+        assert torch.equal(policy(row).logprobs, policy(row).logprobs) == off
+        wanted = answer_scores(before, row)
+    for example, whole, first in zip(data, wanted.whole, wanted.first, strict=True):
+        assert example.reference is not None
+        torch.testing.assert_close(torch.from_numpy(example.reference), torch.stack([whole, first], 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_trap_07_dropout_is_off_in_a_reference_that_moves(
+    kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Also where the policy's is on; and it is the start until it is moved."""
+    begin = save_start(model_with_dropout(kind, tokenizer, 0.5), tokenizer, tmp_path / "start")
+    config = TrainingConfig(output_dir=tmp_path / "run", batch_size=2, max_steps=1, mixed_precision="fp32")
+    with recorded_loops() as loops:
+        run_dpo(begin, config, DPOConfig(disable_dropout=False, sync_ref_model=True), preference_rows(tmp_path))
+    reference, row = loops[0].objective.live, whole_row(loops[0].data.train)
     assert not reference.training
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     with torch.no_grad():
-        assert torch.equal(policy(row).logprobs, policy(row).logprobs) == off
+        assert not torch.equal(loops[0].policy(row).logprobs, loops[0].policy(row).logprobs)
         assert torch.equal(reference(row).logprobs, reference(row).logprobs)
-        before = Policy(load_model(begin)).eval()
-        assert torch.equal(reference(row).logprobs, before(row).logprobs), "the reference is the start, and stays it"
+        assert torch.equal(reference(row).logprobs, Policy(load_model(begin)).eval()(row).logprobs)
 
 
 @pytest.mark.parametrize("kind", [PhimoeConfig, PersimmonConfig])
@@ -288,13 +353,86 @@ def test_trap_08_policy_and_reference_agree_to_the_last_bit_row_by_row_before_th
     model = sharpened(tiny_model(tokenizer, architecture=architecture))
     reference = frozen(Policy(copy.deepcopy(model), kernel))
     policy = Policy(model, kernel).train()
-    row = pack([random_segment(i, length, [False] * 3 + [True] * (length - 3)) for i, length in enumerate((30, 5, 12, 40))])
+    separate = [random_segment(i, length, [False] * 3 + [True] * (length - 3)) for i, length in enumerate((30, 5, 12, 40))]
+    row = pack([*separate, *(segment for example in pair_examples() for segment in example.segments)])
     with autocast(precision, policy.device):
-        learned = answer_logprobs(policy, row)
+        learned = answer_scores(policy, row, certainty=True)
         with torch.no_grad():
-            fixed = answer_logprobs(reference, row)
+            fixed = answer_scores(reference, row, certainty=True)
     assert all(torch.equal(ours.detach(), theirs) for ours, theirs in zip(learned, fixed, strict=True))
-    assert all(ours.requires_grad and not theirs.requires_grad for ours, theirs in zip(learned, fixed, strict=True))
+    assert learned.whole.requires_grad
+    assert learned.first.requires_grad
+    assert not any(theirs.requires_grad for theirs in fixed)
+
+
+@pytest.mark.parametrize("family", sorted(families().keys() - {"phimoe"}))
+def test_trap_08_policy_and_reference_of_every_family_agree_to_the_last_bit_in_bf16(family: str) -> None:
+    model = sharpened(random_model(families()[family]))
+    reference, policy = frozen(Policy(copy.deepcopy(model))), Policy(model).train()
+    row = whole_row(pair_examples())
+    with autocast(torch.bfloat16, policy.device):
+        learned = answer_scores(policy, row)
+        with torch.no_grad():
+            fixed = answer_scores(reference, row)
+    assert torch.equal(learned.whole.detach(), fixed.whole)
+    assert torch.equal(learned.first.detach(), fixed.first)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", [*families(), "wide"])
+def test_trap_09_cached_logprobs_equal_live_ones_within_the_stated_tolerance(
+    family: str, precision: torch.dtype, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Kernels add up in another order where a row has another number of tokens; in bf16 that shows in a wide model only."""
+    wide = family == "wide"
+    model = tiny_model(tokenizer, d_model=256, n_layers=3, n_heads=8) if wide else random_model(families()[family])
+    policy = Policy(sharpened(model, 2.0)).eval()
+    allowed = TOKEN_LOGPROB if precision == torch.float32 else BF16_CACHED_LOGPROB
+    for example in with_cached_reference(policy, pair_examples(12 if wide else 6), precision):
+        with torch.no_grad(), autocast(precision, policy.device):
+            live = answer_scores(policy, pack(example.segments))
+        for cached, now in zip(torch.from_numpy(example.reference).unbind(1), (live.whole[0], live.first[0]), strict=True):
+            assert bool(((cached - now).abs() <= allowed * live.tokens[0]).all())
+
+
+def test_trap_10_asking_the_reference_moves_no_random_state(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = Policy(model_with_dropout("gpt2", tokenizer, 0.5)).train()
+    torch.manual_seed(2305)  # states that no test before this one left behind
+    np.random.seed(18290)
+    random.seed(7)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    with_cached_reference(policy, pair_examples(), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+def test_trap_10_the_training_order_is_the_same_with_a_cold_a_warm_and_no_cache(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with a warm one the run is the same to the last bit, under dropout."""
+    taken: list[list[int]] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        for batch in steps(*args, **kwargs):
+            taken.append([row for micro_batch in batch.micro_batches for row in micro_batch.row_ids])
+            yield batch
+
+    monkeypatch.setattr(loop_module, "steps", recorded)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    begin = save_start(model_with_dropout("gpt2", tokenizer, 0.1), tokenizer, tmp_path / "start")
+    orders, finals = {}, {}
+    for name, more in {"cold": {}, "warm": {}, "without": {"reference_free": True}}.items():
+        config = TrainingConfig(
+            output_dir=tmp_path / name, run_name="run", batch_size=2, micro_batch_size=1, max_steps=5, learning_rate=1e-2
+        )
+        finals[name] = weights(run_dpo(begin, config, DPOConfig(**more), preference_rows(tmp_path)))
+        orders[name] = list(taken)
+        taken.clear()
+    assert orders["cold"] == orders["warm"] == orders["without"]
+    assert identical(finals["cold"], finals["warm"])
+    assert metric_lines(tmp_path / "cold") == metric_lines(tmp_path / "warm")
+    assert not identical(finals["cold"], finals["without"]), "the reference must have been in use"
 
 
 def test_trap_21_a_twice_as_long_answer_has_twice_the_summed_logprob(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -305,9 +443,11 @@ def test_trap_21_a_twice_as_long_answer_has_twice_the_summed_logprob(tokenizer: 
     prompt = [False] * 5
     row = pack([random_segment(0, 5 + 7, prompt + [True] * 7), random_segment(1, 5 + 14, prompt + [True] * 14)])
     with torch.no_grad():
-        short, long = answer_logprobs(Policy(model), row)
+        scores = answer_scores(Policy(model), row)
     token = -math.log(len(tokenizer))
-    assert (short.item(), long.item()) == pytest.approx((7 * token, 14 * token), rel=1e-6)
+    assert scores.whole[0].tolist() == pytest.approx([7 * token, 14 * token], rel=1e-6)
+    assert scores.first[0].tolist() == pytest.approx([7 * token, 7 * token], rel=1e-6)
+    assert scores.tokens[0].tolist() == [7, 14]
 
 
 # Packing
@@ -334,6 +474,138 @@ def test_trap_13_no_document_sees_another(architecture: Any, tokenizer: PreTrain
         one, other = (policy(pack([random_segment(seed, 10), random_segment(5, 12)])).logprobs for seed in (0, 1))
     assert not torch.allclose(one[:9], other[:9], atol=1e-2)
     torch.testing.assert_close(one[9:], other[9:], rtol=0, atol=1e-5)
+
+
+NOT = {"sdpa": {"gemma2", "gpt_oss", *PADDED}, "eager": PADDED}
+"""Families that a kernel is refused for: soft caps and sinks, which the fused one does not have, and what it does not reach."""
+FAMILY_KERNELS = [(f, k) for f in families() for k in ("auto", "sdpa", "eager") if f not in NOT.get(k, ())]
+"""Hub family and attention kernel."""
+
+
+@pytest.mark.parametrize(("family", "kernel"), FAMILY_KERNELS)
+def test_trap_11_packed_logprobs_equal_unpacked_ones(family: str, kernel: Any) -> None:
+    policy = Policy(sharpened(random_model(families()[family])), kernel)
+    with torch.no_grad():
+        together = policy(pack(apart(everything()))).logprobs
+        alone = torch.cat([policy(pack([segment])).logprobs for segment in apart(everything())])
+    torch.testing.assert_close(together, alone, rtol=0, atol=TOKEN_LOGPROB)
+
+
+@pytest.mark.parametrize(("family", "kernel"), FAMILY_KERNELS)
+def test_trap_14_shared_prompts_give_the_logprobs_and_gradients_of_separate_ones(family: str, kernel: Any) -> None:
+    """Unequal answers, one of a single token, identical ones, some that begin alike; prompts longer than a window too."""
+    policy = Policy(sharpened(random_model(families()[family])), kernel)
+    found = []
+    for segments in (everything(), apart(everything())):
+        policy.zero_grad()
+        logprobs = policy(pack(segments)).logprobs
+        logprobs.sum().backward()
+        found.append((logprobs.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=TOKEN_LOGPROB)
+    assert relative_error(found[0][1], found[1][1]) <= GRADIENT
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_prompt_length": 3}, {"max_length": 20}, {"max_length": 14, "max_completion_length": 5}]
+)
+def test_trap_14_a_prompt_that_a_limit_cuts_is_shared_as_it_was_cut(limit: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    policy, encoder, was_cut = Policy(sharpened(tiny_model(tokenizer))), ChatEncoder(tokenizer), 0
+    for question, chosen, rejected in TRIPLES:
+        found = Pair([{"role": "user", "content": question}], chosen, rejected)
+        whole, cut = encode_pair(found, DPOConfig(max_length=512), encoder), encode_pair(found, DPOConfig(**limit), encoder)
+        was_cut += cut[1].shared < whole[1].shared
+        assert cut[0].ids[: cut[1].shared].tolist() == cut[1].ids[: cut[1].shared].tolist()
+        assert cut[1].shared == int(cut[1].scored.argmax()) == int(cut[0].scored.argmax())
+        with torch.no_grad():
+            shared, separate = policy(pack(cut)).logprobs, policy(pack(apart(cut))).logprobs
+        torch.testing.assert_close(shared, separate, rtol=0, atol=TOKEN_LOGPROB)
+    assert was_cut
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_trap_31_a_sliding_window_counts_positions_and_not_places_in_the_row(family: str) -> None:
+    """One layer, so what is predicted at a position depends on itself and the 15 before it in its segment, and nothing else.
+
+    The rejected answer's window reaches over the chosen answer, which lies between, back into the prompt. Each token of the row
+    is changed in turn.
+    """
+    config = families()[family]
+    config.num_hidden_layers = 1
+    if hasattr(config, "layer_types"):
+        config.layer_types = ["sliding_attention"]
+    policy = Policy(sharpened(random_model(config)))
+    draw = np.random.default_rng(0)
+    document, prompt, chosen, rejected = (draw.integers(0, 256, count).tolist() for count in (20, 22, 9, 12))
+    row = pack([random_segment(0, len(document)), *pair(prompt, chosen, rejected)])
+    sees = visible(row, None)
+    distance = row.positions[0, :, None] - row.positions[0]
+    own = torch.cat([torch.arange(1, 20), torch.arange(42, 63)])  # the place of each target
+    assert row.ids[0, own].tolist() == row.targets.tolist()
+    effect = torch.zeros(row.num_scored, row.num_tokens)
+    with torch.no_grad():
+        base = policy(row).logprobs
+        for place in range(row.num_tokens):
+            ids = row.ids.clone()
+            ids[0, place] = (ids[0, place] + 1) % 256
+            changed = policy(replace(row, ids=ids)).logprobs
+            effect[:, place] = (changed - base).abs()
+    sees, distance = sees[row.predicting], distance[row.predicting]
+    inside = sees & (distance < WINDOW)
+    assert float(effect[~inside].max()) <= TOKEN_LOGPROB
+    for back in range(WINDOW):
+        assert float(effect[inside & (distance == back)].max()) > 100 * TOKEN_LOGPROB
+    over = inside & (row.target_segments == 2)[:, None] & (torch.arange(row.num_tokens) < 42)
+    assert over.any(), "a rejected answer sees its prompt"
+    assert float(effect[over].max()) > 100 * TOKEN_LOGPROB
+
+
+TURNING = {
+    "dynamic": LlamaConfig(
+        **{**GROUPED, "max_position_embeddings": 16},
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 50.0},
+    ),
+    "longrope": Phi3Config(
+        **{**GROUPED, "max_position_embeddings": 64}, original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 50.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 4.0],
+        },
+    ),
+}  # fmt: skip
+"""Angles that change where a row has positions beyond 16."""
+
+
+def packed_and_alone(rope: str, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of segments of these lengths, each alone in a model that has seen nothing else: dynamic angles remember."""
+    segments = [random_segment(i, length) for i, length in enumerate(lengths)]
+
+    def logprobs(*segments: Segment) -> torch.Tensor:
+        with torch.no_grad():
+            return Policy(sharpened(random_model(copy.deepcopy(TURNING[rope]))))(pack(segments)).logprobs
+
+    return logprobs(*segments), torch.cat([logprobs(segment) for segment in segments])
+
+
+@pytest.mark.parametrize("rope", TURNING)
+def test_trap_32_angles_that_depend_on_the_length_are_the_same_packed_and_alone(rope: str) -> None:
+    torch.testing.assert_close(*packed_and_alone(rope, (5, 16, 9)), rtol=0, atol=TOKEN_LOGPROB)
+
+
+@pytest.mark.parametrize("rope", TURNING)
+def test_trap_32_samples_at_which_the_angles_change_are_refused_or_the_same_packed_and_alone(
+    rope: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    begin = save_start(sharpened(random_model(copy.deepcopy(TURNING[rope]))), tokenizer, tmp_path / "start")
+    config = TrainingConfig(output_dir=tmp_path / "run", batch_size=4, max_steps=1, mixed_precision="fp32")
+    reason = None
+    try:
+        run_sft(begin, config, instruction_rows(tmp_path))
+    except UserError as error:
+        reason = str(error)
+    if reason is None:
+        torch.testing.assert_close(*packed_and_alone(rope, (5, 30, 9, 20)), rtol=0, atol=TOKEN_LOGPROB)
+    else:
+        assert re.search(r"max_length: .* 16", reason)
 
 
 # Schedule, clipping, parameter groups
