@@ -76,6 +76,7 @@ def pack(segments: Sequence[Segment]) -> PackedRow:
     shared = np.array([segment.shared for segment in segments], dtype=np.int64)
     own = np.array([len(segment) for segment in segments], dtype=np.int64) - shared
     assert own.min() > 0, "a segment holds at least one token of its own"
+    assert shared[0] == 0, "the first segment has nothing to share with"
     starts = np.concatenate([[0], np.cumsum(own)[:-1]])
     trunk = np.maximum.accumulate(np.where(shared == 0, np.arange(len(segments)), 0))
     for i in np.flatnonzero(shared).tolist():

@@ -157,7 +157,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return target_logits - normalizers, correct, collisions
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, targets, normalizers, sums, kept = ctx.saved_tensors
         dtype, grad_logprobs = ctx.dtype, grads[0]
         accumulate = torch.promote_types(dtype, torch.float32)

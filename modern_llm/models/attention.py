@@ -82,9 +82,12 @@ def packed_attention(
     beyond_fused = softcap is not None or s_aux is not None
     if beyond_fused and implementation == IMPLEMENTATIONS["sdpa"]:
         raise NotImplementedError("attention='sdpa' knows neither attention sinks nor soft caps: use 'auto' or 'eager'")
-    # under autocast QK-norm leaves queries and keys in fp32 (transformers 5.23): the values' type tells the precision
-    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, H or K, D)
-    if isinstance(packed, Lengths) and not beyond_fused and dropout == 0:
+    # under autocast QK-norm leaves queries and keys in fp32, and some families their values too (transformers 5.23)
+    kind = value.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, H or K, D)
+    one_width = value.shape[2] == key.shape[2]  # the kernel for lengths knows but one
+    if isinstance(packed, Lengths) and not beyond_fused and dropout == 0 and one_width:
         return varlen_attention(query, key, value, packed, scaling, window)[None], None
     if isinstance(packed, Lengths):
         packed = packed.grids

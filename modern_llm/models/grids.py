@@ -111,12 +111,15 @@ def _groups(own: np.ndarray, shared: np.ndarray) -> Iterator[np.ndarray]:
     """Numbers of the segments of each grid; those that share a prompt apart from those that share none."""
     seen = own + shared
     group: list[int] = []
-    for i in np.lexsort((-own, -seen, shared > 0)):
+    fewest = most = 0
+    for i in np.lexsort((-own, -seen, shared > 0)).tolist():
         if group:
             alike = (shared[i] > 0) == (shared[group[0]] > 0)
-            full = seen[group[0]] <= FULLEST * seen[i] and own[group].max() <= FULLEST * own[i]
-            if not alike or not full or own[i] > FULLEST * own[group].min():
+            fewest, most = min(fewest, own[i]), max(most, own[i])
+            if not alike or seen[group[0]] > FULLEST * seen[i] or most > FULLEST * fewest:
                 yield np.array(group)
                 group = []
+        if not group:
+            fewest = most = own[i]
         group.append(i)
     yield np.array(group)

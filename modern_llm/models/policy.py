@@ -99,6 +99,8 @@ class Policy(nn.Module):
         self.model.eval()
         segments, row = check_segments(self.model), check_row(self.model).to(self.device)
         wanted = torch.cat([self._own_logprobs(segment) for segment in segments])
+        if not bool(wanted.isfinite().all()):
+            raise UserError(f"the log-probs of this {name} are not finite, so its weights are damaged: use another checkpoint")
         heads = (True, False) if self._projection_is_last(torch.from_numpy(segments[0].ids)) else (False,)
         reasons = {True: self._difference(row, wanted, heads, IMPLEMENTATIONS[self.attention])}
         if reasons[True] and self.attention == "auto":  # who asks for a kernel gets it, or an error

@@ -67,7 +67,9 @@ def _table(examples: Mixture, reference: Policy, precision: torch.dtype, weights
     # what another rank wrote is missing here if the ranks do not share a file system
     computed += _fill(folder, list(starts), examples, reference, precision)
     parts = [_read(folder / _name(start), min(PART, len(examples) - start)) for start in starts]
-    return torch.cat([part for part in parts if part is not None]), computed
+    found = [part for part in parts if part is not None]
+    assert len(found) == len(parts), f"{folder}: a part vanished while it was read"
+    return torch.cat(found), computed
 
 
 def _fill(folder: Path, starts: list[int], examples: Mixture, reference: Policy, precision: torch.dtype) -> int:

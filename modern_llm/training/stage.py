@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm import checkpoint as folders
 from modern_llm import distributed
@@ -201,10 +201,24 @@ def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
     longest = data.longest
+    turns = _angles_change_beyond(model.config)
+    if turns is not None and longest > turns:
+        raise UserError(
+            f"max_length: a sample has {longest} tokens, but the angles of this model's positions change for all samples of a "
+            f"row where one has more than {turns}: set it to that"
+        )
     if limit is not None and longest > limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables):
         raise UserError(
             f"max_length: a sample has {longest} tokens, but the model has learned positions for {limit}: set it to that"
         )
+
+
+def _angles_change_beyond(config: PreTrainedConfig) -> int | None:
+    """Tokens beyond which a sample changes the angles of all others in its batch (RoPE types dynamic and longrope)."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    turning = [p for p in kinds if p.get("rope_type") in ("dynamic", "longrope")]
+    return min((p.get("original_max_position_embeddings") or config.max_position_embeddings for p in turning), default=None)
 
 
 def _make_policy(model: PreTrainedModel, config: TrainingConfig, device: torch.device, drop_out: bool) -> Policy:

@@ -1,6 +1,7 @@
 """Preference training by hand: metrics, whole-step losses, the moving parts of a run, and what does not change a gradient."""
 
 import copy
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -618,6 +619,7 @@ def test_a_table_of_the_reference_that_belongs_to_other_rows_is_refused(
     table = load_file(part)["logprobs"]
     assert table.shape == (len(ROWS), 2, 2)
     run("again", dpo, max_steps=1, mixed_precision=precision)
-    save_file({"logprobs": table.roll(1, dims=0).contiguous()}, part)
+    wrong = table.roll(1, dims=0).contiguous()
+    save_file({"logprobs": wrong}, part, metadata={"sha256": hashlib.sha256(wrong.numpy().tobytes()).hexdigest()})
     with pytest.raises(UserError, match=r"policy and reference differ by .* remove the cache folder of the reference"):
         run("shifted", dpo, max_steps=1, mixed_precision=precision)
