@@ -189,17 +189,18 @@ def plot(path: Path, curves: dict[str, list[list[tuple[int, float]]]], shorter_w
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("compare-losses draws with matplotlib: pip install 'modern-llm[plots]'") from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for loss, seeds in curves.items():
+    for number, (loss, seeds) in enumerate(curves.items()):
         steps = [step for step, _ in seeds[0]]
         values = np.array([[accuracy for _, accuracy in seed] for seed in seeds])
-        (line,) = axes.plot(steps, values.mean(0), marker="o", markersize=3, label=loss)
+        style = ("-", "--", "-.")[number // 10 % 3]  # ten colours, then they come again
+        (line,) = axes.plot(steps, values.mean(0), style, marker="o", markersize=3, label=loss)
         if len(seeds) > 1:
             axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.12)
     axes.axhline(shorter_wins, color="gray", linestyle=":", label="the shorter answer wins")
     axes.axhline(0.5, color="gray", linewidth=0.5)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("accuracy on held-out pairs")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)
