@@ -69,8 +69,9 @@ class TrainingConfig(StrictModel):
     log-probs, losses and gradient sums are fp32 always."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Kernel of the attention over packed rows. `sdpa`: fused, refused where a model has attention sinks or soft caps; `eager`:
-    plain matrix products and a softmax in fp32. `auto`: the fused one, but the plain one where only it can do, and for short
-    segments on a CPU in bf16, where it is faster."""
+    plain matrix products and a softmax in fp32. `auto`: on a CPU products with a backward pass of their own up to 1,024 tokens
+    and the fused kernel above, on a GPU in bf16 the kernel for lengths, and plain products where only they can do; a model
+    that cannot run on packed rows runs padded. With the other two such a model is refused."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -97,15 +97,14 @@ def packed_attention(
     fused = not beyond_fused and implementation != IMPLEMENTATIONS["eager"]
     out = []
     for grid in packed.each():
-        mask = grid.visible(window)  # (n, Q, W)
+        causal = fused and window is None and not grid.is_branch
+        mask = None if causal else grid.visible(window)[:, None]  # (n, 1, Q, W)
         q, k, v = query[grid.queries].transpose(1, 2), key[grid.keys].transpose(1, 2), value[grid.keys].transpose(1, 2)
         if fused:
-            causal = window is None and not grid.is_branch
-            attended = F.scaled_dot_product_attention(
-                q, k, v, None if causal else mask[:, None], dropout, is_causal=causal, scale=scaling, enable_gqa=True
-            )
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=True)
         else:
-            attended = _explicit_attention(q, k, v, mask[:, None], scaling, dropout, softcap, s_aux)
+            assert mask is not None
+            attended = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
         out.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)[packed.outputs][None], None
 
