@@ -407,10 +407,8 @@ def test_trap_10_asking_the_reference_moves_no_random_state(tokenizer: PreTraine
     assert random.getstate() == before[2]
 
 
-def test_trap_10_the_training_order_is_the_same_with_a_cold_a_warm_and_no_cache(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And with a warm one the run is the same to the last bit, under dropout."""
+def rows_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Fills, while loops run, with the rows of each step that they take from the data."""
     taken: list[list[int]] = []
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -419,6 +417,14 @@ def test_trap_10_the_training_order_is_the_same_with_a_cold_a_warm_and_no_cache(
             yield batch
 
     monkeypatch.setattr(loop_module, "steps", recorded)
+    return taken
+
+
+def test_trap_10_the_training_order_is_the_same_with_a_cold_a_warm_and_no_cache(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with a warm one the run is the same to the last bit, under dropout."""
+    taken = rows_of_steps(monkeypatch)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     begin = save_start(model_with_dropout("gpt2", tokenizer, 0.1), tokenizer, tmp_path / "start")
     orders, finals = {}, {}
@@ -740,14 +746,7 @@ def test_trap_26_a_run_stopped_in_its_second_epoch_takes_the_rows_that_a_straigh
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight rows in steps of three; saved at step 5, the second of epoch 2, killed in step 8, resumed from 5 to step 9."""
-    taken: list[list[int]] = []
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        for batch in steps(*args, **kwargs):
-            taken.append([row for micro_batch in batch.micro_batches for row in micro_batch.row_ids])
-            yield batch
-
-    monkeypatch.setattr(loop_module, "steps", recorded)
+    taken = rows_of_steps(monkeypatch)
     data = instruction_rows(tmp_path)
     config = {"batch_size": 3, "micro_batch_size": 1, "max_steps": 9, "save_every": 5, "log_every": 1, "run_name": "run"}
     run_sft(start, TrainingConfig(output_dir=tmp_path / "straight", **config), data)
