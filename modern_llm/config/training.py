@@ -62,6 +62,10 @@ class TrainingConfig(StrictModel):
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
     """Learning rate of the last step as a share of the peak (`linear` and `cosine`)."""
 
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of (log Σ exp logits)², added to the loss of pretraining and SFT to keep logits from drifting: 1e-4 in PaLM
+    (arXiv 2204.02311). The logged loss leaves it out; `z_loss` beside it is what it adds."""
+
     seed: NonNegativeInt = 0
     """Seed of initial weights, data order and dropout."""
     mixed_precision: Literal["auto", "bf16", "fp32"] = "auto"

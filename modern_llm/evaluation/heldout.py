@@ -12,6 +12,7 @@ from modern_llm.data.loader import micro_batches
 from modern_llm.data.messages import Pair
 from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example
+from modern_llm.losses.summed_nll import SumOfTokens
 from modern_llm.models.policy import Policy
 from modern_llm.objectives.answers import answer_scores
 
@@ -21,7 +22,7 @@ def perplexity(policy: Policy, blocks: Sequence[Example], batch_size: int) -> fl
     """exp of the mean negative log-likelihood per scored token."""
     total, tokens = 0.0, 0
     for batch in micro_batches(blocks, batch_size):
-        total -= float(policy(batch.row.to(policy.device)).logprobs.sum())
+        total += float(policy(batch.row.to(policy.device), SumOfTokens()).nll)
         tokens += batch.counts["tokens"]
     return math.exp(total / tokens)
 

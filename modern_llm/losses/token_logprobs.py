@@ -10,6 +10,7 @@ bf16, e is kept for the backward pass up to `KEPT_BYTES`; beyond that, and in fp
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,24 @@ class TokenScores(NamedTuple):
     """(scored,) bool, whether the target is the most likely token."""
     collisions: Tensor
     """(scored,) fp32, log Σ_v p(v)², nats, without gradient: how sure the model is of whatever comes next (0: certain)."""
+    normalizers: Tensor
+    """(scored,) fp32, log Σ exp z; carries the gradient where the scores come from plain logits."""
+
+
+@dataclass(frozen=True)
+class EachToken:
+    """Asks a policy for the log-prob of each scored token."""
+
+    collisions: bool = False
+    """Whether `TokenScores.collisions` are wanted."""
+
+    def from_logits(self, logits: Tensor, targets: Tensor) -> TokenScores:
+        """Where the head is more than a projection."""
+        return scores_from_logits(logits, targets)
+
+    def from_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> TokenScores:
+        """Through the output projection."""
+        return token_scores(hidden, weight, bias, targets, self.collisions)
 
 
 def scores_from_logits(logits: Tensor, targets: Tensor) -> TokenScores:
@@ -51,7 +70,7 @@ def scores_from_logits(logits: Tensor, targets: Tensor) -> TokenScores:
     with torch.no_grad():
         correct = target_logits >= logits.amax(dim=1)
         collisions = torch.logsumexp(2 * logits, dim=1) - 2 * normalizers
-    return TokenScores(target_logits - normalizers, correct, collisions)
+    return TokenScores(target_logits - normalizers, correct, collisions, normalizers)
 
 
 def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, collisions: bool = False) -> TokenScores:
@@ -66,28 +85,62 @@ def token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         targets: (scored,) int64.
         collisions: whether they are wanted; NaN if not.
     """
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    dtype = projection(hidden)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     return TokenScores(*_ChunkedLogProbs.apply(hidden, weight, bias, targets, dtype, collisions, learns))  # type: ignore[misc]
 
 
-def _pieces(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+def projection(hidden: Tensor) -> torch.dtype:
+    """The type of the output projection's products: autocast's, where it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def pieces(count: int, size: int) -> list[slice]:
+    """`range(count)` in slices of at most `size`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _chunks(positions: int, vocab: int) -> list[slice]:
-    return list(_pieces(positions, max(1, CHUNK_ELEMENTS // vocab)))
+    return pieces(positions, max(1, CHUNK_ELEMENTS // vocab))
 
 
-def _logits(into: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """(chunk, vocab) logits without bias, in place of what `into` held: fresh memory costs more here than arithmetic."""
-    return torch.mm(hidden, weight.T, out=into)
-
-
-def _scratch(positions: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    elements = CACHED_ELEMENTS if like.device.type == "cpu" else CHUNK_ELEMENTS
+def scratch_for(positions: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """(some, vocab) values of the elementwise pass."""
+    elements = CACHED_ELEMENTS if like.device.type == "cpu" else CHUNK_ELEMENTS
     return like.new_empty(min(positions, max(1, elements // vocab)), vocab, dtype=dtype)
+
+
+def exponentials_in_place(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, scratch: Tensor, keep: bool = True, collisions: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The one elementwise pass: z → e = exp(z − max z), and what is to be known of z.
+
+    Args:
+        logits: (chunk, vocab) without bias; holds e afterwards if `keep`, and nothing of use otherwise.
+        bias: (vocab,) or None.
+        targets: (chunk,) int64.
+        scratch: from `scratch_for`, overwritten.
+        keep: whether e is wanted.
+        collisions: whether Σ e² is wanted.
+
+    Returns:
+        The target's logit, the highest logit, Σ e, and Σ e² or None; each (chunk,) in the scratch's type.
+    """
+    at_target, highest, sums = (scratch.new_empty(len(logits)) for _ in range(3))
+    squares = scratch.new_empty(len(logits)) if collisions else None
+    for part in pieces(len(logits), max(len(scratch), 1)):
+        exact = scratch[: part.stop - part.start].copy_(logits[part])
+        if bias is not None:
+            exact.add_(bias)
+        at_target[part] = exact.gather(1, targets[part, None]).squeeze(1)
+        highest[part] = exact.amax(1)
+        sums[part] = exact.sub_(highest[part, None]).exp_().sum(1)
+        if keep:
+            logits[part] = exact
+        if squares is not None:
+            squares[part] = exact.square_().sum(1)
+    return at_target, highest, sums, squares
 
 
 def _exponentials(
@@ -100,10 +153,11 @@ def _exponentials(
     chunks = _chunks(len(hidden), len(weight))
     largest = max((rows.stop - rows.start for rows in chunks), default=0)
     buffer = weight.new_empty(largest, len(weight))
-    scratch = _scratch(largest, len(weight), hidden, normalizers.dtype)
+    scratch = scratch_for(largest, len(weight), hidden, normalizers.dtype)
     for rows in chunks:
-        logits = _logits(buffer[: rows.stop - rows.start], hidden[rows].to(weight.dtype), weight)
-        for part in _pieces(len(logits), len(scratch)):
+        # fresh memory costs more here than arithmetic: the product goes where the last one was
+        logits = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=buffer[: rows.stop - rows.start])
+        for part in pieces(len(logits), len(scratch)):
             exact = scratch[: part.stop - part.start].copy_(logits[part])
             if bias is not None:
                 exact.add_(bias)
@@ -122,7 +176,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         dtype: torch.dtype,
         with_collisions: bool,
         learns: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         positions, vocab = hidden.shape[0], weight.shape[0]
         accumulate = torch.promote_types(dtype, torch.float32)  # float64 stays float64, for tests
         hidden_cast, weight_cast = hidden.to(dtype), weight.to(dtype)
@@ -130,31 +184,26 @@ class _ChunkedLogProbs(torch.autograd.Function):
         largest = max((rows.stop - rows.start for rows in chunks), default=0)
         keep = learns and dtype.itemsize == 2 and positions * vocab * dtype.itemsize <= KEPT_BYTES
         kept = hidden.new_empty(positions if keep else largest, vocab, dtype=dtype)
-        scratch = _scratch(largest, vocab, hidden, accumulate)
+        scratch = scratch_for(largest, vocab, hidden, accumulate)
         target_logits, highest, sums = (hidden.new_empty(positions, dtype=accumulate) for _ in range(3))
         collisions = hidden.new_full((positions,), float("nan"), dtype=accumulate)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in chunks:
-                logits = _logits(kept[rows] if keep else kept[: rows.stop - rows.start], hidden_cast[rows], weight_cast)
-                for part in _pieces(rows.stop - rows.start, len(scratch)):
-                    at = slice(rows.start + part.start, rows.start + part.stop)
-                    exact = scratch[: part.stop - part.start].copy_(logits[part])
-                    if bias is not None:
-                        exact.add_(bias)
-                    target_logits[at] = exact.gather(1, targets[at, None]).squeeze(1)
-                    highest[at] = exact.amax(1)
-                    sums[at] = exact.sub_(highest[at, None]).exp_().sum(1)
-                    if keep:
-                        logits[part] = exact
-                    if with_collisions:
-                        collisions[at] = exact.square_().sum(1)
+                into = kept[rows] if keep else kept[: rows.stop - rows.start]
+                logits = torch.mm(hidden_cast[rows], weight_cast.T, out=into)
+                at_target, high, total, squares = exponentials_in_place(
+                    logits, bias, targets[rows], scratch, keep, with_collisions
+                )
+                target_logits[rows], highest[rows], sums[rows] = at_target, high, total
+                if squares is not None:
+                    collisions[rows] = squares
         normalizers = highest + sums.log()
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers, sums, kept if keep else None)
         ctx.dtype = dtype
         correct = target_logits >= highest
         collisions = collisions.log() - 2 * sums.log()
-        ctx.mark_non_differentiable(correct, collisions)
-        return target_logits - normalizers, correct, collisions
+        ctx.mark_non_differentiable(correct, collisions, normalizers)
+        return target_logits - normalizers, correct, collisions, normalizers
 
     @staticmethod
     @torch.autograd.function.once_differentiable

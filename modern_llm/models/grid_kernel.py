@@ -7,12 +7,18 @@ Measured on torch 2.13, 2 cores with AVX512-BF16, forward + backward of 8 pairs 
 against 186 ms through `scaled_dot_product_attention` a segment at a time.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from modern_llm.models.grids import Grid, Grids
+
+BLOCK = 128
+"""Queries of a line that are worked on at once, in lines of more than twice as many. Measured on one core, forward + backward of
+a layer, 6 heads of 64 channels: 8 documents of 512 tokens in bf16 91 ms against 113 ms whole, in fp32 191 against 216; in short
+lines blocks save nothing."""
 
 
 def grid_attention(query: Tensor, key: Tensor, value: Tensor, grids: Grids, scaling: float, window: int | None) -> Tensor:
@@ -47,8 +53,30 @@ def _unstacked(x: Tensor, cells: Tensor, groups: int) -> Tensor:
     return x.reshape(lines * width, -1, x.shape[-1])
 
 
-def _weights_shape(grid: Grid, heads: int) -> int:
-    return grid.queries.numel() * grid.keys.shape[1] * heads
+class _Block(NamedTuple):
+    """Some queries of every line of a grid, and the keys that any of them may see."""
+
+    queries: slice
+    keys: slice
+    visible: Tensor
+    """(n or 1, queries, keys) bool."""
+
+
+def _blocks(grid: Grid, window: int | None) -> Iterator[_Block]:
+    """A grid in blocks of queries: without them half of the scores would be made to be hidden."""
+    width, seen = grid.queries.shape[1], grid.keys.shape[1]
+    visible = grid.visible(window)
+    fewest, most = (int(grid.shared.min()), int(grid.shared.max())) if grid.is_branch else (0, 0)
+    size = BLOCK if width > 2 * BLOCK else width
+    for start in range(0, width, size):
+        behind = min(start + size, width)
+        first = 0 if window is None else min(max(0, fewest + start - window + 1), seen - 1)
+        keys = slice(first, min(most + behind, seen))
+        yield _Block(slice(start, behind), keys, visible[:, start:behind, keys])
+
+
+def _num_weights(grid: Grid, heads: int, window: int | None) -> int:
+    return sum(len(grid.queries) * heads * block.visible[0].numel() for block in _blocks(grid, window))
 
 
 @torch.library.custom_op("modern_llm::grid_attention", mutates_args=())
@@ -56,22 +84,25 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, shapes: Tensor, queries: Tensor, keys: Tensor, shared: Tensor, outputs: Tensor,
     scaling: float, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns what every token attended to, (T, H, V), and the weights of all grids in one flat tensor, for the way back."""
+    """Returns what every token attended to, (T, H, V), and the weights of all blocks in one flat tensor, for the way back."""
     grids = Grids(shapes, queries, keys, shared, outputs)
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    sizes = [_weights_shape(grid, heads) for grid in grids.each()]
-    kept = query.new_empty(sum(sizes))
+    kept = query.new_empty(sum(_num_weights(grid, heads, window or None) for grid in grids.each()))
     out = query.new_empty(len(queries), heads, value.shape[2])
-    cell = 0
-    for grid, weights in zip(grids.each(), kept.split(sizes), strict=True):
-        q, k, v = _stacked(query, grid.queries, groups), _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
-        lines, width = grid.queries.shape
-        hidden = torch.zeros(1, dtype=scores.dtype).masked_fill(~grid.visible(window or None), float("-inf"))
-        scores.view(lines, -1, width, grid.keys.shape[1]).add_(hidden[:, None])
-        weights = torch.softmax(scores, -1, out=weights.view_as(scores))
-        out[cell : cell + lines * width] = _unstacked(torch.bmm(weights, v), grid.queries, groups)
-        cell += lines * width
+    cell = used = 0
+    for grid in grids.each():
+        k, v = _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
+        cells = torch.arange(cell, cell + grid.queries.numel()).view_as(grid.queries)
+        for block in _blocks(grid, window or None):
+            q = _stacked(query, grid.queries[:, block.queries], groups)
+            scores = torch.bmm(q, k[:, block.keys].transpose(1, 2)).mul_(scaling)
+            hidden = torch.zeros(1, dtype=scores.dtype).masked_fill(~block.visible, float("-inf"))
+            scores.view(len(grid.queries), -1, *hidden.shape[1:]).add_(hidden[:, None])
+            weights = torch.softmax(scores, -1, out=kept[used : used + scores.numel()].view_as(scores))
+            mine = cells[:, block.queries]
+            out[mine.flatten()] = _unstacked(torch.bmm(weights, v[:, block.keys]), mine, groups)
+            used += scores.numel()
+        cell += grid.queries.numel()
     return out.index_select(0, outputs), kept
 
 
@@ -84,31 +115,36 @@ def _(query: Tensor, key: Tensor, value: Tensor, *layout: Any) -> tuple[Tensor, 
 @torch.library.custom_op("modern_llm::grid_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, kept: Tensor,
-    shapes: Tensor, queries: Tensor, keys: Tensor, shared: Tensor, outputs: Tensor, scaling: float,
+    shapes: Tensor, queries: Tensor, keys: Tensor, shared: Tensor, outputs: Tensor, scaling: float, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value. A shared prompt's keys get theirs from several lines, added up in fp32."""
+    """Gradients of query, key and value. A key gets its own from several blocks and, in a shared prompt, from several lines:
+    they are added up in fp32."""
     grids = Grids(shapes, queries, keys, shared, outputs)
-    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    groups = query.shape[1] // key.shape[1]
     accumulate = torch.promote_types(query.dtype, torch.float32)
     grad_key, grad_value = torch.zeros_like(key, dtype=accumulate), torch.zeros_like(value, dtype=accumulate)
     grad_query = query.new_empty(len(queries), *query.shape[1:])
     grad_cells = grad.new_zeros(len(queries), *grad.shape[1:]).index_copy_(0, outputs, grad)  # zero where nothing is read
-    cell, used = 0, 0
+    cell = used = 0
     for grid in grids.each():
-        count = grid.queries.numel()
-        size = _weights_shape(grid, heads)
-        own_cells = torch.arange(cell, cell + count).view_as(grid.queries)
-        g = _stacked(grad_cells, own_cells, groups)
-        q, k, v = _stacked(query, grid.queries, groups), _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
-        weights = kept[used : used + size].view(len(q), -1, grid.keys.shape[1])
-        grad_weights = torch.bmm(g, v.transpose(1, 2))
-        # softmax backward: w · (g − Σ w g)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)
-        grad_query[cell : cell + count] = _unstacked(torch.bmm(grad_scores, k), grid.queries, groups)
-        seen = grid.keys.flatten()
-        grad_key.index_add_(0, seen, _unstacked(torch.bmm(grad_scores.transpose(1, 2), q), grid.keys, 1).to(accumulate))
-        grad_value.index_add_(0, seen, _unstacked(torch.bmm(weights.transpose(1, 2), g), grid.keys, 1).to(accumulate))
-        cell, used = cell + count, used + size
+        k, v = _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
+        grad_k, grad_v = torch.zeros_like(k, dtype=accumulate), torch.zeros_like(v, dtype=accumulate)
+        cells = torch.arange(cell, cell + grid.queries.numel()).view_as(grid.queries)
+        for block in _blocks(grid, window or None):
+            mine = cells[:, block.queries]
+            g = _stacked(grad_cells, mine, groups)
+            q = _stacked(query, grid.queries[:, block.queries], groups)
+            weights = kept[used : used + q.shape[0] * q.shape[1] * block.visible.shape[2]].view(*q.shape[:2], -1)
+            grad_weights = torch.bmm(g, v[:, block.keys].transpose(1, 2))
+            # softmax backward: w · (g − Σ w g)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)
+            grad_query[mine.flatten()] = _unstacked(torch.bmm(grad_scores, k[:, block.keys]), mine, groups)
+            grad_k[:, block.keys] += torch.bmm(grad_scores.transpose(1, 2), q)
+            grad_v[:, block.keys] += torch.bmm(weights.transpose(1, 2), g)
+            used += weights.numel()
+        grad_key.index_add_(0, grid.keys.flatten(), _unstacked(grad_k, grid.keys, 1))
+        grad_value.index_add_(0, grid.keys.flatten(), _unstacked(grad_v, grid.keys, 1))
+        cell += grid.queries.numel()
     return grad_query.index_select(0, outputs), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
@@ -118,7 +154,7 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scaling, _ = inputs
+    *tensors, ctx.scaling, ctx.window = inputs
     ctx.save_for_backward(*tensors[:3], output[1], *tensors[3:])
     ctx.set_materialize_grads(False)
 
@@ -127,7 +163,7 @@ def _backward_of(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None,
     if grad is None:
         return (None,) * 10
     with torch.autocast(grad.device.type, enabled=False):
-        grads = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.scaling)
+        grads = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.scaling, ctx.window)
     return *grads, *[None] * 7
 
 

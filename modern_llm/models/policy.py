@@ -10,8 +10,12 @@ from transformers import PreTrainedModel
 
 from modern_llm.config import UserError
 from modern_llm.layout import PackedRow, Segment, pack
-from modern_llm.losses.token_logprobs import TokenScores, scores_from_logits, token_scores
+from modern_llm.losses.summed_nll import SumOfTokens
+from modern_llm.losses.token_logprobs import EachToken
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
+
+LOGPROBS = EachToken()
+"""What a policy is asked for unless told otherwise."""
 
 CHECK_LENGTHS = (3, 11, 7, 12)
 CHECK_SHARED = 5
@@ -56,18 +60,18 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    def forward(self, row: PackedRow, collisions: bool = False) -> TokenScores:
-        """Scores of the row's targets, in row order; an empty set of targets gives empty scores."""
+    def forward(self, row: PackedRow, ask: EachToken | SumOfTokens = LOGPROBS) -> Any:
+        """What is asked of the row's targets (`TokenScores` in row order, or `NllSums`); a row may have no targets."""
         inputs, predicting = self._packed(row) if self.packs else self._padded(row)
         if not self.plain_head:
             # `logits_to_keep` may be a tensor of positions (transformers 5.x); the head's own scale or cap is applied
             keep = {"logits_to_keep": predicting[1]} if self.packs else {}
             logits = self.model(**inputs, **keep, use_cache=False).logits
-            return scores_from_logits(logits[0] if self.packs else logits[predicting], row.targets)
+            return ask.from_logits(logits[0] if self.packs else logits[predicting], row.targets)
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal language model has an output projection"
-        return token_scores(hidden[predicting], head.weight, getattr(head, "bias", None), row.targets, collisions)
+        return ask.from_hidden(hidden[predicting], head.weight, getattr(head, "bias", None), row.targets)
 
     def _packed(self, row: PackedRow) -> tuple[dict[str, Any], tuple[int, Tensor]]:
         """The model's inputs, and where in its output a target is predicted: in line 0, at a position of the row."""

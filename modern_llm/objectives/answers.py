@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modern_llm.layout import PackedRow
+from modern_llm.losses.token_logprobs import EachToken, TokenScores
 from modern_llm.models.policy import Policy
 
 
@@ -34,7 +35,7 @@ def answer_scores(policy: Policy, row: PackedRow, certainty: bool = False) -> An
         row: two segments a pair.
         certainty: whether `certainty` is wanted, which costs another pass over the vocabulary.
     """
-    scores = policy(row, certainty)
+    scores: TokenScores = policy(row, EachToken(collisions=certainty))
     tokens = torch.bincount(row.target_segments, minlength=row.num_segments)
     shorter = tokens.view(-1, 2).amin(1).repeat_interleave(2)
     place = torch.arange(row.num_scored, device=tokens.device) - (tokens.cumsum(0) - tokens)[row.target_segments]

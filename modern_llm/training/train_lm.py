@@ -53,7 +53,7 @@ def run_training(
             tokenizer=tokenizer,
             tokenizer_name=tokenizer_name or "trained",
             data=prepare_documents(dataset_config, TextEncoder(tokenizer), max_length, train_config.seed),
-            objective=LanguageModelingObjective(),
+            objective=LanguageModelingObjective(train_config.z_loss),
         )
 
 

@@ -36,7 +36,9 @@ def run_sft(
         check_early("sft", train_config)
         dataset_config = dataset_or_default(dataset_config, train_config, InstructionDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
-        model, tokenizer, recorded_name = open_checkpoint(pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint")
+        model, tokenizer, recorded_name = open_checkpoint(
+            pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint", train_config
+        )
         return train_stage(
             stage="sft",
             config=train_config,
@@ -45,7 +47,7 @@ def run_sft(
             tokenizer=tokenizer,
             tokenizer_name=recorded_name,
             data=prepare_instructions(dataset_config, ChatEncoder(tokenizer)),
-            objective=LanguageModelingObjective(),
+            objective=LanguageModelingObjective(train_config.z_loss),
             parent=pretrain_checkpoint,
         )
 

@@ -163,7 +163,7 @@ def test_the_operators_keep_torchs_rules(row: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         out, kept = _forward(*given.learned, *layout, SCALING, 3)
         detached = [tensor.detach() for tensor in given.learned]
-    torch.library.opcheck(_backward, (torch.ones_like(out), *detached, kept, *layout, SCALING), test_utils=rules)
+    torch.library.opcheck(_backward, (torch.ones_like(out), *detached, kept, *layout, SCALING, 3), test_utils=rules)
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -39,7 +39,7 @@ from modern_llm.data.preference_datasets import sharing_prompt
 from modern_llm.data.prepared import Example
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.layout import Segment, pack
-from modern_llm.losses.token_logprobs import TokenScores
+from modern_llm.losses.token_logprobs import EachToken, TokenScores
 from modern_llm.models.policy import Policy
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.preference import FALLING_LINES, answer_scores
@@ -61,8 +61,8 @@ class Told:
     def __init__(self) -> None:
         self.logprobs = (-torch.arange(256) / 4).requires_grad_()
 
-    def __call__(self, row: Any, collisions: bool = False) -> TokenScores:
-        return TokenScores(self.logprobs[row.targets], row.targets > 0, -row.targets / 8)
+    def __call__(self, row: Any, ask: EachToken = EachToken()) -> TokenScores:
+        return TokenScores(self.logprobs[row.targets], row.targets > 0, -row.targets / 8, row.targets / 2)
 
 
 def pair(
