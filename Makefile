@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow bench-data bench-dpo bench-head check format docs clean
+.PHONY: quickstart test test-slow bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-head check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,18 @@ bench-data: .venv/.installed  ## data preparation against `datasets.map`; the la
 
 bench-dpo: .venv/.installed-bench  ## preference training against TRL, with ARGS="…" for options; the last line is JSON
 	$(BIN)/python experiments/benchmarks/dpo/run.py $(ARGS)
+
+bench-pretrain: .venv/.installed-bench  ## pretraining against transformers.Trainer, with ARGS="…" for options; the last line is JSON
+	$(BIN)/python experiments/benchmarks/pretrain/run.py $(ARGS)
+
+bench-sft: .venv/.installed-bench  ## supervised fine-tuning against TRL, with ARGS="…" for options; the last line is JSON
+	$(BIN)/python experiments/benchmarks/sft/run.py $(ARGS)
+
+bench-time-to-loss: .venv/.installed-bench  ## when a loss is reached, against transformers.Trainer; ARGS="--plot FILE" draws it
+	$(BIN)/python experiments/benchmarks/time_to_loss/run.py $(ARGS)
+
+bench-scaling: .venv/.installed  ## cost at 1×, 4× and 16× the rows, with ARGS="…" for options; the last line is JSON
+	$(BIN)/python experiments/benchmarks/scaling/run.py $(ARGS)
 
 bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, plain; the last line is JSON
 	$(BIN)/python experiments/benchmarks/head/run.py

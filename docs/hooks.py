@@ -11,13 +11,26 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from modern_llm.cli import CompareArguments, DPOArguments, InspectArguments, PretrainArguments, SFTArguments, TokenizerArguments
 from modern_llm.config import PipelineConfig
+from modern_llm.config.commands import (
+    BenchArguments,
+    CompareArguments,
+    DPOArguments,
+    ExportArguments,
+    InspectArguments,
+    PlanArguments,
+    PretrainArguments,
+    SFTArguments,
+    TokenizerArguments,
+)
 from modern_llm.config.resolve import MOST_WARMUP_STEPS, STAGE_DEFAULTS
 from modern_llm.data import village
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = (PipelineConfig, PretrainArguments, SFTArguments, DPOArguments, TokenizerArguments, InspectArguments, CompareArguments)
+FILES = (
+    PipelineConfig, PretrainArguments, SFTArguments, DPOArguments, TokenizerArguments, InspectArguments, CompareArguments,
+    PlanArguments, BenchArguments, ExportArguments,
+)  # fmt: skip
 """What a YAML file can hold; every other config class is reached from these."""
 
 _FENCE_WORDS = re.compile(r"^(```\w+) (?:no-run|fails|output|instruction|preference|documents|[A-Z]\w+)$", re.MULTILINE)

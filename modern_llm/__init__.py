@@ -13,6 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from modern_llm.config import (
+        AdapterConfig,
         DPOConfig,
         InstructionDatasetConfig,
         LanguageModelingDatasetConfig,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from modern_llm.training.train_sft import run_sft
 
 _HOME = {
+    "AdapterConfig": "config",
     "DPOConfig": "config",
     "InstructionDatasetConfig": "config",
     "LanguageModelingDatasetConfig": "config",
@@ -46,6 +48,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterConfig",
     "DPOConfig",
     "InstructionDatasetConfig",
     "LanguageModelingDatasetConfig",

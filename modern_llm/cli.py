@@ -1,4 +1,5 @@
-"""The command line: `modern-llm run | pretrain | sft | dpo | compare-losses | inspect | tokenizer | schema`.
+"""The command line: `modern-llm run | pretrain | sft | dpo | plan | bench | compare-losses | inspect | export | tokenizer |
+schema`.
 
 Every argument of a stage function is a key of its `--config` YAML file, and every key is an option: `--dpo-config.beta 0.08` or
 `dpo_config.beta=0.08`. Options go over the file, and both end in the same validation.
@@ -6,26 +7,27 @@ Every argument of a stage function is a key of its `--config` YAML file, and eve
 
 import os
 import sys
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from modern_llm.config import (
-    DPOConfig,
-    InstructionDatasetConfig,
-    LanguageModelingDatasetConfig,
-    ModelConfig,
-    PipelineConfig,
-    PreferenceDatasetConfig,
-    StrictModel,
-    TrainingConfig,
-    UserError,
-)
+from modern_llm.config import PipelineConfig, UserError
 from modern_llm.config.base import did_you_mean, explain
+from modern_llm.config.commands import (
+    BenchArguments,
+    CompareArguments,
+    DPOArguments,
+    ExportArguments,
+    InspectArguments,
+    PlanArguments,
+    PretrainArguments,
+    SFTArguments,
+    TokenizerArguments,
+    as_pipeline,
+    kind_of_file,
+)
 from modern_llm.config.io import json_schema, read_yaml
-from modern_llm.config.training import Stage
 
 USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
 
@@ -33,84 +35,15 @@ USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VA
   pretrain   train a model from random weights on documents
   sft        fine-tune a checkpoint on demonstrations
   dpo        train a checkpoint on preference pairs
+  plan FILE  what a run will need: parameters, tokens, FLOPs, memory, disk, time; nothing is trained
+  bench      what this machine can do: matrix products and copies
   compare-losses FILE   train one start with several preference losses, and put them in one table
   inspect FILE   what the data of a pipeline file becomes: counts, and rows as colours
+  export CHECKPOINT   one plain model folder from a checkpoint: adapters merged, weights in bf16
   tokenizer  train a tokenizer on documents
   schema     print the JSON Schema of a pipeline file, for editors
 
   modern-llm COMMAND --help lists every option with its meaning."""
-
-
-class PretrainArguments(StrictModel):
-    """Pretraining from random weights."""
-
-    model: ModelConfig = Field(default=ModelConfig(), alias="model_config")
-    """Shape of the model."""
-    train_config: TrainingConfig = TrainingConfig()
-    """How to train."""
-    dataset_config: LanguageModelingDatasetConfig | None = None
-    """The documents; left out: `train_config.dataset_name`."""
-    tokenizer_name: str | None = None
-    """Folder or hub id of the tokenizer; left out: one is trained on the documents."""
-
-
-class SFTArguments(StrictModel):
-    """Supervised fine-tuning."""
-
-    pretrain_checkpoint: str
-    """Model to start from: a folder or a hub id."""
-    train_config: TrainingConfig = TrainingConfig()
-    """How to train."""
-    dataset_config: InstructionDatasetConfig | None = None
-    """The demonstrations; left out: `train_config.dataset_name`."""
-    tokenizer_name: str | None = None
-    """Left out: the checkpoint's own tokenizer."""
-
-
-class DPOArguments(StrictModel):
-    """Preference training."""
-
-    sft_checkpoint: str
-    """Model to start from: a folder or a hub id."""
-    train_config: TrainingConfig = TrainingConfig()
-    """How to train."""
-    dpo_config: DPOConfig = DPOConfig()
-    """What to optimise."""
-    preference_config: PreferenceDatasetConfig | None = None
-    """The pairs; left out: `train_config.dataset_name`."""
-    tokenizer_name: str | None = None
-    """Left out: the checkpoint's own tokenizer."""
-
-
-class CompareArguments(StrictModel):
-    """One start, one order of the pairs, one reference, several preference losses."""
-
-    losses: str = "sigmoid,ipo,apo_zero"
-    """Losses by comma; an option of one of them behind a colon: `sigmoid,ipo:beta=0.5,exo_pair:label_smoothing=0.001`."""
-    seeds: tuple[NonNegativeInt, ...] = (0,)
-    """Seeds of the order of the pairs, each a run of every loss."""
-
-
-class TokenizerArguments(StrictModel):
-    """Training a byte-level BPE tokenizer."""
-
-    dataset_config: LanguageModelingDatasetConfig
-    """The documents."""
-    vocab_size: PositiveInt = 8192
-    """Tokens, with the 256 bytes and the control tokens."""
-    output_dir: Path
-    """Folder to write it to."""
-
-
-class InspectArguments(StrictModel):
-    """What the data of a pipeline becomes."""
-
-    stage: Stage | None = None
-    """Only this stage; left out: all."""
-    rows: NonNegativeInt = 3
-    """Rows to show of each stage."""
-    as_json: bool = False
-    """Print the counts as one JSON object."""
 
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
@@ -243,8 +176,16 @@ def _tokenizer(words: list[str]) -> None:
     print(save_tokenizer(train_tokenizer(training_texts(a.dataset_config), a.vocab_size), a.output_dir))
 
 
-def _file_first(command: str, words: list[str], kind: type[BaseModel], example: str) -> str:
-    """The file that a command's first word names.
+def _export(words: list[str]) -> None:
+    checkpoint = _file_first("export", words, ExportArguments, "runs/sft/sft_final --output-dir model", "checkpoint")
+    a = parse(ExportArguments, "export CHECKPOINT", words[1:])
+    from modern_llm.export import export_checkpoint
+
+    print(export_checkpoint(checkpoint, a.output_dir, a.dtype))
+
+
+def _file_first(command: str, words: list[str], kind: type[BaseModel], example: str, what: str = "file") -> str:
+    """The file (or other thing) that a command's first word names.
 
     Raises:
         UserError: there is none.
@@ -252,8 +193,8 @@ def _file_first(command: str, words: list[str], kind: type[BaseModel], example: 
     if words and not words[0].startswith("-") and "=" not in words[0]:
         return words[0]
     if {"-h", "--help"} & set(words):
-        parse(kind, f"{command} FILE", words)
-    raise UserError(f"{command}: give the file first, e.g. modern-llm {command} {example}")
+        parse(kind, f"{command} {what.upper()}", words)
+    raise UserError(f"{command}: give the {what} first, e.g. modern-llm {command} {example}")
 
 
 def _inspect(words: list[str]) -> None:
@@ -274,13 +215,31 @@ def _compare_losses(words: list[str]) -> None:
     compare_losses(a.sft_checkpoint, a.train_config, a.dpo_config, a.preference_config, a.tokenizer_name, b.losses, b.seeds)
 
 
+def _plan(words: list[str]) -> None:
+    file = _file_first("plan", words, PlanArguments, "configs/quickstart.yaml --fit true")
+    config = parse(kind_of_file(read_yaml(file)), "plan", ["--config", file])
+    a = parse(PlanArguments, "plan FILE", words[1:])
+    from modern_llm.report.plan import plan
+    from modern_llm.report.plan_text import show
+
+    show(plan(as_pipeline(config), measure=not a.no_measure, fit=a.fit, ranks=a.ranks), a.as_json)
+
+
+def _bench(words: list[str]) -> None:
+    a = parse(BenchArguments, "bench", words)
+    from modern_llm.report.bench import bench
+
+    bench(a.seconds, a.as_json)
+
+
 def _schema(words: list[str]) -> None:
     print(json_schema(PipelineConfig))
 
 
 COMMANDS = {
     "run": _run, "pretrain": _pretrain, "sft": _sft, "dpo": _dpo, "compare-losses": _compare_losses,
-    "inspect": _inspect, "tokenizer": _tokenizer, "schema": _schema,
+    "inspect": _inspect, "tokenizer": _tokenizer, "schema": _schema, "plan": _plan, "bench": _bench,
+    "export": _export,
 }  # fmt: skip
 
 

@@ -61,8 +61,14 @@ class PackedRow:
 
     def to(self, device: torch.device) -> "PackedRow":
         """The same row on a device."""
-        names = ("ids", "positions", "predicting", "targets", "target_segments")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _ON_DEVICE})
+
+    def pinned(self) -> "PackedRow":
+        """The same row in page-locked memory."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _ON_DEVICE})
+
+
+_ON_DEVICE = ("ids", "positions", "predicting", "targets", "target_segments")
 
 
 def pack(segments: Sequence[Segment]) -> PackedRow:

@@ -45,7 +45,7 @@ def log_line(step: int, values: dict[str, float]) -> str:
     """`step=100 loss=0.4523 accuracy=72.50% lr=5.000e-06`, then whatever else there is."""
     parts = [f"step={step}"]
     for name, value in values.items():
-        if name.endswith(("accuracy", "accuracies")):
+        if name.endswith(("accuracy", "accuracies", "mfu")):
             parts.append(f"{name}={value:.2%}")
         elif name == "lr":
             parts.append(f"{name}={value:.3e}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modern_llm import distributed
-from modern_llm.config import PipelineConfig, TrainingConfig
+from modern_llm.config import PipelineConfig
 from modern_llm.config.io import plain
 from modern_llm.config.training import Stage
 from modern_llm.evaluation.stages import held_out, measure
@@ -46,28 +46,18 @@ def _run(config: PipelineConfig) -> PipelineResult:
     checkpoints: dict[Stage, Path] = {}
     began = time.perf_counter()
     if config.pretrain is not None:
-        train = _stage_config(config, "pretrain", config.pretrain.train)
+        train = config.training("pretrain")
         checkpoints["pretrain"] = start = run_training(config.pretrain.model, train, config.pretrain.data)
     assert start is not None, "the config demands pretraining or a start"
     if config.sft is not None:
-        train = _stage_config(config, "sft", config.sft.train)
+        train = config.training("sft")
         checkpoints["sft"] = start = run_sft(start, train, config.sft.data)
     before_dpo = start
     if config.dpo is not None:
-        train = _stage_config(config, "dpo", config.dpo.train)
+        train = config.training("dpo")
         checkpoints["dpo"] = run_dpo(start, train, config.dpo.dpo, config.dpo.data)
     training_seconds = time.perf_counter() - began
     return _measure_all(config, checkpoints, before_dpo, training_seconds)
-
-
-def _stage_config(config: PipelineConfig, stage: Stage, train: TrainingConfig) -> TrainingConfig:
-    """The stage's training config with the pipeline's folder and seed where it sets none of its own."""
-    own = train.model_fields_set
-    filled = {
-        "output_dir": train.output_dir or config.output_dir / stage,
-        "seed": train.seed if "seed" in own else config.seed,
-    }
-    return train.model_copy(update=filled)
 
 
 def _measure_all(

@@ -222,7 +222,7 @@ def identical(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 def metric_lines(output_dir: Path) -> list[dict[str, Any]]:
     """`metrics.jsonl` without what depends on the clock."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("time", "tokens_per_second")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in ("time", "tokens_per_second", "mfu")} for line in lines]
 
 
 def logged(output_dir: Path, name: str) -> list[float]:

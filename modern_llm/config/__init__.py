@@ -1,5 +1,6 @@
 """Every config class. Imports neither torch nor datasets, so `--help` answers at once."""
 
+from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel, UserError
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
@@ -10,6 +11,7 @@ from modern_llm.config.resolve import resolve
 from modern_llm.config.training import TrainingConfig
 
 __all__ = [
+    "AdapterConfig",
     "DPOConfig",
     "InstructionDatasetConfig",
     "LanguageModelingDatasetConfig",

@@ -9,7 +9,7 @@ from modern_llm.config.base import StrictModel
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.model import ModelConfig
-from modern_llm.config.training import TrainingConfig
+from modern_llm.config.training import Stage, TrainingConfig
 
 
 class PretrainStageConfig(StrictModel):
@@ -88,3 +88,14 @@ class PipelineConfig(StrictModel):
         if (self.pretrain is None) == (self.start_checkpoint is None):
             raise ValueError("give either pretrain or start_checkpoint: the first stage starts from exactly one of them")
         return self
+
+    def training(self, stage: Stage) -> TrainingConfig:
+        """A stage's training config with the pipeline's folder and seed where it sets none of its own."""
+        section = getattr(self, stage)
+        assert section is not None, "the pipeline has the stage"
+        train: TrainingConfig = section.train
+        filled = {
+            "output_dir": train.output_dir or self.output_dir / stage,
+            "seed": train.seed if "seed" in train.model_fields_set else self.seed,
+        }
+        return train.model_copy(update=filled)

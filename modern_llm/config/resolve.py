@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from modern_llm.config.base import UserError
+from pydantic import ValidationError
+
+from modern_llm.config.base import UserError, explain
 from modern_llm.config.training import Stage, TrainingConfig
 
 STAGE_DEFAULTS: dict[Stage, dict[str, Any]] = {
@@ -34,6 +36,9 @@ STAGE_DEFAULTS: dict[Stage, dict[str, Any]] = {
 }
 MOST_WARMUP_STEPS: dict[Stage, int] = {"pretrain": 200, "sft": 100, "dpo": 150}
 MOST_SEQUENCES_PER_FORWARD = 8
+DECAY_RATIO = 0.2
+ADAPTER_RATE = 10
+"""Default learning rate with adapters over that without: https://thinkingmachines.ai/blog/lora/ (2025)."""
 
 
 def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_epoch: int | None = None) -> TrainingConfig:
@@ -47,12 +52,15 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
             `warmup_steps` may stay None.
 
     Raises:
-        UserError: `batch_size` is not micro-batch × accumulation × ranks, or warmup is longer than the run.
+        UserError: `batch_size` is not micro-batch × accumulation × ranks, warmup is longer than the run, or what a default
+            fills in does not go with what was given.
     """
     filled = config.model_dump()
     for name, value in STAGE_DEFAULTS[stage].items():
         if filled[name] is None and name != "batch_size":
             filled[name] = value
+    if config.adapter is not None and config.learning_rate is None:
+        filled["learning_rate"] *= ADAPTER_RATE
     filled["run_name"] = config.run_name or stage
     filled["output_dir"] = config.output_dir or Path("experiments/runs") / filled["run_name"]
     filled["save_every"] = config.save_every or 500
@@ -63,9 +71,37 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
             f"muon_learning_rate={config.muon_learning_rate} has no meaning for optimizer='{filled['optimizer']}', the "
             f"default of {stage}: leave it out, or set optimizer: muon"
         )
+    if filled["lr_schedule"] == "wsd":
+        filled["decay_ratio"] = config.decay_ratio or DECAY_RATIO
+    if filled["gradient_checkpointing"]:
+        filled["checkpointed_share"] = config.checkpointed_share or 1.0
     filled |= _resolve_batch(config, stage, world_size)
     filled |= _resolve_length(config, stage, filled["batch_size"], rows_per_epoch)
-    return TrainingConfig(**filled)
+    _check_decay(filled)
+    if filled["optimizer_in_backward"] and world_size > 1:
+        raise UserError(
+            f"optimizer_in_backward updates a weight before the gradients of the {world_size} processes are summed: set it to "
+            f"false, or use one process"
+        )
+    try:
+        return TrainingConfig(**filled)
+    except ValidationError as error:
+        raise UserError(explain(error)) from None
+
+
+def _check_decay(filled: dict[str, Any]) -> None:
+    """Refuse a decay that would begin before the warmup ends."""
+    ratio, steps, warmup = filled["decay_ratio"], filled["max_steps"], filled["warmup_steps"]
+    if filled["lr_schedule"] == "wsd" and steps is not None and warmup + decay_steps(steps, ratio) > steps:
+        raise UserError(
+            f"warmup_steps={warmup} and the decay of decay_ratio={ratio:g} ({decay_steps(steps, ratio)} steps) are longer than "
+            f"the run's {steps} optimizer steps: lower one of them"
+        )
+
+
+def decay_steps(max_steps: int, decay_ratio: float) -> int:
+    """Optimizer steps in which `wsd` decays, at least one."""
+    return max(1, round(decay_ratio * max_steps))
 
 
 def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dict[str, int]:
@@ -81,6 +117,8 @@ def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dic
         if batch % world_size:
             raise UserError(f"batch_size={batch} is not a multiple of the {world_size} ranks: change it")
         return {"batch_size": batch}
+    if config.optimizer_in_backward and micro is None:
+        accumulation = accumulation or 1
     if micro is None and accumulation is None:
         per_rank = max(1, batch // world_size)
         micro = max(size for size in range(1, min(per_rank, MOST_SEQUENCES_PER_FORWARD) + 1) if per_rank % size == 0)

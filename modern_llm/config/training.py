@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel
 
 Stage = Literal["pretrain", "sft", "dpo"]
@@ -12,6 +13,10 @@ Stage = Literal["pretrain", "sft", "dpo"]
 
 Tracker = Literal["tensorboard", "wandb"]
 """Where metrics can go besides `metrics.jsonl` and the console."""
+
+ParameterGroup = Literal["embeddings", "head", "vectors", "matrices", "experts"]
+"""What a learning rate of its own can be given to: embedding tables (with the output projection where it is tied to them); an
+untied output projection; norms, biases and sinks; the layers' matrices; stacks of experts' matrices."""
 
 
 class TrainingConfig(StrictModel):
@@ -40,6 +45,8 @@ class TrainingConfig(StrictModel):
     num_epochs: PositiveFloat | None = None
     """Passes over the data. None: 1, where `max_steps` is not given."""
 
+    adapter: AdapterConfig | None = None
+    """Train low-rank adapters and leave the weights as they are (LoRA, DoRA, QLoRA); not in pretraining. None: train all."""
     optimizer: Literal["adamw", "rmsprop", "muon", "adamw_8bit", "paged_adamw_8bit"] | None = None
     """`adamw`; `rmsprop` (the DPO paper's); `muon` for the layers' matrices with AdamW for the rest; `adamw_8bit` and
     `paged_adamw_8bit` (bitsandbytes; the paged one needs a GPU)."""
@@ -47,24 +54,38 @@ class TrainingConfig(StrictModel):
     """Peak learning rate (of the AdamW part, with `muon`)."""
     muon_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the matrices that Muon trains. None: 0.02."""
+    learning_rates: dict[ParameterGroup, PositiveFloat] = Field(default={})
+    """Peak learning rates in place of `learning_rate` for groups of parameters: `embeddings` (with a tied output projection),
+    `head` (an untied one), `vectors` (norms, biases), `matrices` (with `muon`: `muon_learning_rate`), `experts`."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moment."""
     adam_epsilon: PositiveFloat = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: NonNegativeFloat | None = None
     """Decoupled weight decay of matrices; norms, biases and embeddings have none. `rmsprop` adds it to the gradient instead."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global Euclidean norm."""
-    lr_schedule: Literal["constant", "linear", "cosine"] | None = None
-    """Shape of the learning rate after warmup."""
-    warmup_steps: NonNegativeInt | None = None
-    """Optimizer steps of linear warmup; the peak is reached at its last. None: a tenth of all steps, at most the stage's."""
-    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    """Learning rate of the last step as a share of the peak (`linear` and `cosine`)."""
-
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this global Euclidean norm. None: they stay as they are."""
+    optimizer_in_backward: bool = False
+    """Update each parameter as soon as its gradient is there, and free the gradient: saves the memory of all gradients. Needs
+    `max_grad_norm: null`, one micro-batch a step and one process. A gradient that is not finite leaves its parameter alone."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Keep an exponential moving average of the weights, in fp32: after each step, average ← decay · average + (1 − decay) ·
+    weights. Evaluations and the final checkpoint use it. None: no average."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of (log Σ exp logits)², added to the loss of pretraining and SFT to keep logits from drifting: 1e-4 in PaLM
     (arXiv 2204.02311). The logged loss leaves it out; `z_loss` beside it is what it adds."""
+    balance_loss: NonNegativeFloat = 0.0
+    """Weight of the loss that spreads the tokens of each example evenly over the experts of a layer (mixture-of-experts models:
+    `qwen3_moe`, `gpt_oss`). 0: none."""
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] | None = None
+    """Shape of the learning rate after warmup. `wsd` (warmup, stable, decay): constant, and over the last `decay_ratio` of the
+    steps down by 1 − √."""
+    decay_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Share of all steps in which `wsd` decays. None: 0.2."""
+    warmup_steps: NonNegativeInt | None = None
+    """Optimizer steps of linear warmup; the peak is reached at its last. None: a tenth of all steps, at most the stage's."""
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Learning rate of the last step as a share of the peak (not with `constant`)."""
 
     seed: NonNegativeInt = 0
     """Seed of initial weights, data order and dropout."""
@@ -76,8 +97,14 @@ class TrainingConfig(StrictModel):
     plain matrix products and a softmax in fp32. `auto`: on a CPU products with a backward pass of their own up to 1,024 tokens
     and the fused kernel above, on a GPU in bf16 the kernel for lengths, and plain products where only they can do; a model
     that cannot run on packed rows runs padded. With the other two such a model is refused."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the decoder layers go through `torch.compile`. `auto`: in pretraining and SFT, where the run is long enough to
+    earn back the minute that it takes, and nothing speaks against it (experts, 4-bit weights, gradient checkpointing, no
+    compiler); the log says what was decided and why. `on` is refused where it cannot be."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpointed_share: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Share of the decoder layers that `gradient_checkpointing` recomputes, evenly spread. None: all."""
 
     eval_every: PositiveInt | None = None
     """Optimizer steps between evaluations, where data is held out. None: only at the end."""
@@ -101,8 +128,42 @@ class TrainingConfig(StrictModel):
         for beta in self.adam_betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"adam_betas={self.adam_betas} must lie in [0, 1)")
-        if self.muon_learning_rate is not None and self.optimizer not in (None, "muon"):
-            raise ValueError(f"muon_learning_rate has no meaning for optimizer='{self.optimizer}': leave it out")
         if self.batch_size and self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}")
+        self._check_schedule_and_optimizer()
+        self._check_memory_options()
         return self
+
+    def _check_schedule_and_optimizer(self) -> None:
+        if self.muon_learning_rate is not None and self.optimizer not in (None, "muon"):
+            raise ValueError(f"muon_learning_rate has no meaning for optimizer='{self.optimizer}': leave it out")
+        if self.optimizer == "muon" and "matrices" in self.learning_rates:
+            raise ValueError("learning_rates: Muon trains the matrices: give muon_learning_rate in place of 'matrices'")
+        if self.decay_ratio is not None and self.lr_schedule not in (None, "wsd"):
+            raise ValueError(
+                f"decay_ratio={self.decay_ratio} has no meaning for lr_schedule='{self.lr_schedule}': leave it out"
+            )
+
+    def _check_memory_options(self) -> None:
+        if self.checkpointed_share is not None and not self.gradient_checkpointing:
+            raise ValueError(
+                f"checkpointed_share={self.checkpointed_share} says how many layers gradient_checkpointing recomputes: set "
+                f"gradient_checkpointing: true, or leave it out"
+            )
+        if not self.optimizer_in_backward:
+            return
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm} needs all gradients at once, which optimizer_in_backward never has: set "
+                f"max_grad_norm: null"
+            )
+        if self.micro_batch_tokens is not None:
+            raise ValueError(
+                "micro_batch_tokens may give several micro-batches a step, and optimizer_in_backward needs one: give "
+                "micro_batch_size"
+            )
+        if (self.gradient_accumulation_steps or 1) > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} keeps gradients from one micro-batch to the "
+                f"next, and optimizer_in_backward frees them: set it to 1"
+            )

@@ -1,6 +1,7 @@
 """The order of the data and its cutting into optimizer steps: a pure function of the seed and two integers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +33,8 @@ class MicroBatch:
     first segment, which of a pair is the chosen answer)."""
     row_ids: list[int]
     """Which rows of the data it holds."""
+    example_tokens: list[int]
+    """Tokens that each example has in the row, where examples lie end to end."""
     reference: Tensor | None = None
     """(examples, …) fp32: what a reference says of each, where one was asked."""
 
@@ -39,6 +42,11 @@ class MicroBatch:
         """The same on a device."""
         reference = None if self.reference is None else self.reference.to(device, non_blocking=True)
         return replace(self, row=self.row.to(device), reference=reference)
+
+    def pinned(self) -> "MicroBatch":
+        """The same in page-locked memory."""
+        reference = None if self.reference is None else self.reference.pin_memory()
+        return replace(self, row=self.row.pinned(), reference=reference)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     after: Position
     """Position once this step is done."""
+
+    def pinned(self) -> "StepBatch":
+        """The same in page-locked memory."""
+        return replace(self, micro_batches=[micro_batch.pinned() for micro_batch in self.micro_batches])
 
 
 def micro_batches(
@@ -75,7 +87,26 @@ def micro_batches(
         }
         known = [example.reference for example in part if example.reference is not None]
         reference = torch.from_numpy(np.stack(known)) if known else None
-        yield MicroBatch(row, counts, [example.row for example in part], reference)
+        yield MicroBatch(row, counts, [example.row for example in part], [example.num_tokens for example in part], reference)
+
+
+def ahead(batches: Iterator[StepBatch], pinned: bool = False) -> Generator[StepBatch, None, None]:
+    """The same batches in the same order, the next one prepared by a thread while this one is trained on.
+
+    Args:
+        batches: one more than is asked for is drawn from them, if there is one.
+        pinned: whether tensors go into page-locked memory, from which a GPU copies them beside its work.
+    """
+
+    def prepare() -> StepBatch | None:
+        batch = next(batches, None)
+        return batch.pinned() if pinned and batch is not None else batch
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
+        coming = thread.submit(prepare)
+        while (batch := coming.result()) is not None:  # an error of the thread is raised here
+            coming = thread.submit(prepare)
+            yield batch
 
 
 def steps(

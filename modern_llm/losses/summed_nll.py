@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modern_llm.losses.token_logprobs import exponentials_in_place, pieces, projection, scores_from_logits, scratch_for
+from modern_llm.losses.token_logprobs import (
+    aligned_weight,
+    exponentials_in_place,
+    logits_buffer,
+    pieces,
+    projection,
+    rows_within,
+    scores_from_logits,
+    scratch_for,
+)
 
-CHUNK_BYTES = 2**27
-"""Bytes of a chunk's logits: in bf16, 1,335 positions of 50,257 words. Each chunk is a pass over the weight's fp32 gradient."""
+CHUNK_BYTES = 2**26
+"""Bytes of a chunk's logits: in bf16, 640 positions of 50,257 words. Each chunk is a pass over the weight's fp32 gradient."""
 
 
 class NllSums(NamedTuple):
@@ -70,10 +79,11 @@ class _SummedNll(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         positions, vocab = len(hidden), len(weight)
         accumulate = torch.promote_types(dtype, torch.float32)
-        hidden_cast, weight_cast = hidden.to(dtype), weight.to(dtype)
-        chunks = pieces(positions, max(1, CHUNK_BYTES // (vocab * dtype.itemsize)))
+        hidden_cast, weight_cast = hidden.to(dtype), aligned_weight(weight, dtype)
+        chunks = pieces(positions, rows_within(CHUNK_BYTES // dtype.itemsize, vocab))
         largest = max((rows.stop - rows.start for rows in chunks), default=0)
-        buffer, scratch = hidden.new_empty(largest, vocab, dtype=dtype), scratch_for(largest, vocab, hidden, accumulate)
+        buffer = logits_buffer(largest, weight_cast)
+        scratch = scratch_for(largest, vocab, hidden, accumulate)
         nll, squares = (hidden.new_zeros((), dtype=accumulate) for _ in range(2))
         correct = targets.new_zeros(())
         grads = _Gradients(hidden, weight, bias, accumulate, learns)
@@ -126,9 +136,9 @@ class _Gradients:
             if self.weight.dtype == exponentials.dtype:
                 self.weight.addmm_(exponentials.T, scaled)
             else:  # bf16 partial sums would lose the small ones
-                self.weight += exponentials.T @ scaled
+                self.weight += (exponentials.T @ scaled)[: len(self.weight)]
         if self.bias is not None:
-            self.bias += (exponentials.T @ factors[:, None].to(exponentials.dtype)).squeeze(1)
+            self.bias += (exponentials.T @ factors[:, None].to(exponentials.dtype))[: len(self.bias), 0]
 
     def subtract_targets(self, hidden: Tensor, weight_cast: Tensor, targets: Tensor) -> None:
         """The one-hot part."""

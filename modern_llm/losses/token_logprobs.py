@@ -96,13 +96,46 @@ def projection(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
+ALIGNED = 64
+"""The sides of a product come in multiples of this. Measured on a CPU with 384 channels: in bf16 eᵀ · hidden runs at 311
+GFLOP/s with 50,257 words and at 410 with 50,304, hidden · Wᵀ at 326 with 1,335 positions and at 411 with 1,280; in fp32
+hidden · Wᵀ runs at 114 into rows that are 50,257 apart and at 140 into rows 50,304 apart."""
+
+
+def aligned(size: int) -> int:
+    """The next multiple of `ALIGNED`."""
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def aligned_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(vocab or more, d_model) in the products' type. Where that needs a copy, it has rows of zeros up to a multiple of
+    `ALIGNED`, whose logits are 0 and give no gradient to anything."""
+    if weight.dtype == dtype:
+        return weight
+    copied = weight.new_empty(aligned(len(weight)), weight.shape[1], dtype=dtype)
+    copied[: len(weight)] = weight
+    copied[len(weight) :] = 0
+    return copied
+
+
+def logits_buffer(positions: int, weight: Tensor) -> Tensor:
+    """(positions, rows of the weight) for logits, in its type, with rows that start at multiples of `ALIGNED`."""
+    return weight.new_empty(positions, aligned(len(weight)))[:, : len(weight)]
+
+
+def rows_within(elements: int, width: int) -> int:
+    """How many rows of a width come to at most so many elements; a multiple of `ALIGNED` where there are as many."""
+    rows = max(1, elements // width)
+    return rows // ALIGNED * ALIGNED or rows
+
+
 def pieces(count: int, size: int) -> list[slice]:
     """`range(count)` in slices of at most `size`."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _chunks(positions: int, vocab: int) -> list[slice]:
-    return pieces(positions, max(1, CHUNK_ELEMENTS // vocab))
+    return pieces(positions, rows_within(CHUNK_ELEMENTS, vocab))
 
 
 def scratch_for(positions: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,7 +150,8 @@ def exponentials_in_place(
     """The one elementwise pass: z → e = exp(z − max z), and what is to be known of z.
 
     Args:
-        logits: (chunk, vocab) without bias; holds e afterwards if `keep`, and nothing of use otherwise.
+        logits: (chunk, vocab or more) without bias; holds e afterwards if `keep`, and nothing of use otherwise. What lies
+            behind the vocabulary stays.
         bias: (vocab,) or None.
         targets: (chunk,) int64.
         scratch: from `scratch_for`, overwritten.
@@ -127,6 +161,7 @@ def exponentials_in_place(
     Returns:
         The target's logit, the highest logit, Σ e, and Σ e² or None; each (chunk,) in the scratch's type.
     """
+    logits = logits[:, : scratch.shape[1]]
     at_target, highest, sums = (scratch.new_empty(len(logits)) for _ in range(3))
     squares = scratch.new_empty(len(logits)) if collisions else None
     for part in pieces(len(logits), max(len(scratch), 1)):
@@ -144,24 +179,24 @@ def exponentials_in_place(
 
 
 def _exponentials(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, normalizers: Tensor, kept: Tensor | None
+    hidden: Tensor, weight: Tensor, vocab: int, bias: Tensor | None, normalizers: Tensor, kept: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Positions and their e, (positions, vocab) in the weight's type: what was kept, or exp(z − log-normalizer) made again."""
+    """Positions and their e, as wide as the weight is long: what was kept, or exp(z − log-normalizer) made again."""
     if kept is not None:
         yield slice(0, len(kept)), kept
         return
-    chunks = _chunks(len(hidden), len(weight))
+    chunks = _chunks(len(hidden), vocab)
     largest = max((rows.stop - rows.start for rows in chunks), default=0)
-    buffer = weight.new_empty(largest, len(weight))
-    scratch = scratch_for(largest, len(weight), hidden, normalizers.dtype)
+    buffer = logits_buffer(largest, weight)
+    scratch = scratch_for(largest, vocab, hidden, normalizers.dtype)
     for rows in chunks:
         # fresh memory costs more here than arithmetic: the product goes where the last one was
         logits = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=buffer[: rows.stop - rows.start])
         for part in pieces(len(logits), len(scratch)):
-            exact = scratch[: part.stop - part.start].copy_(logits[part])
+            exact = scratch[: part.stop - part.start].copy_(logits[part, :vocab])
             if bias is not None:
                 exact.add_(bias)
-            logits[part] = exact.sub_(normalizers[rows][part, None]).exp_()
+            logits[part, :vocab] = exact.sub_(normalizers[rows][part, None]).exp_()
         yield rows, logits
 
 
@@ -179,11 +214,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         positions, vocab = hidden.shape[0], weight.shape[0]
         accumulate = torch.promote_types(dtype, torch.float32)  # float64 stays float64, for tests
-        hidden_cast, weight_cast = hidden.to(dtype), weight.to(dtype)
+        hidden_cast, weight_cast = hidden.to(dtype), aligned_weight(weight, dtype)
         chunks = _chunks(positions, vocab)
         largest = max((rows.stop - rows.start for rows in chunks), default=0)
         keep = learns and dtype.itemsize == 2 and positions * vocab * dtype.itemsize <= KEPT_BYTES
-        kept = hidden.new_empty(positions if keep else largest, vocab, dtype=dtype)
+        kept = logits_buffer(positions if keep else largest, weight_cast)
         scratch = scratch_for(largest, vocab, hidden, accumulate)
         target_logits, highest, sums = (hidden.new_empty(positions, dtype=accumulate) for _ in range(3))
         collisions = hidden.new_full((positions,), float("nan"), dtype=accumulate)
@@ -212,22 +247,22 @@ class _ChunkedLogProbs(torch.autograd.Function):
         dtype, grad_logprobs = ctx.dtype, grads[0]
         accumulate = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        weight_cast = weight.to(dtype)
+        weight_cast, vocab = aligned_weight(weight, dtype), len(weight)
         # with the kept e the sum is still to be divided by; e made again is exp(z − log-normalizer), whose sum is 1
         factors = grad_logprobs if kept is None else grad_logprobs / sums
         scaled = (hidden * -factors[:, None]).to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=accumulate) if needs_hidden else None
         grad_weight = grad_bias = None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, exponentials in _exponentials(hidden, weight_cast, bias, normalizers, kept):
+            for rows, exponentials in _exponentials(hidden, weight_cast, vocab, bias, normalizers, kept):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (exponentials @ weight_cast).to(accumulate).mul_(-factors[rows, None])
                 if needs_weight:
-                    product = exponentials.T @ scaled[rows]
+                    product = (exponentials.T @ scaled[rows])[:vocab]
                     # fp32 addition of chunks: bf16 partial sums would lose the small ones
                     grad_weight = product.to(accumulate) if grad_weight is None else grad_weight.add_(product)
                 if needs_bias:
-                    product = exponentials.T @ -factors[rows, None].to(dtype)
+                    product = (exponentials.T @ -factors[rows, None].to(dtype))[:vocab]
                     grad_bias = product.to(accumulate) if grad_bias is None else grad_bias.add_(product)
         if grad_hidden is not None:
             grad_hidden += grad_logprobs[:, None] * weight_cast.index_select(0, targets)

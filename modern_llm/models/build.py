@@ -5,11 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from modern_llm.checkpoint import weights_hash
 from modern_llm.config import ModelConfig, UserError
 from modern_llm.hub import hub
+from modern_llm.models.adapter_folders import (
+    GENERATION,
+    SETTINGS,
+    WEIGHTS,
+    adapter_hash,
+    adapter_section,
+    base_of,
+    check_base,
+    is_adapter,
+    merge,
+)
 from modern_llm.models.policy import vocabulary_rows
 
 
@@ -73,18 +87,23 @@ def refuse_pickles(checkpoint: Path | str, field: str) -> None:
 def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedModel:
     """A causal language model with fp32 weights from a folder or a hub id; safetensors only, no remote code.
 
+    Adapters (one of our folders, or peft's) are merged into the weights of the model that they belong to, which may be a folder
+    of adapters itself.
+
     Args:
         checkpoint: one of our folders, any Hugging Face model folder, or a hub id.
         field: name of the argument, for errors.
 
     Raises:
-        UserError: not there, not reachable, or not a safetensors model.
+        UserError: not there, not reachable, not a safetensors model, or adapters of a model that is not there or has changed.
     """
     refuse_pickles(checkpoint, field)
     if not Path(checkpoint).is_dir() and (str(checkpoint).startswith((".", "/", "~")) or str(checkpoint).count("/") > 1):
         raise UserError(f"{field}={str(checkpoint)!r}: no such folder")  # no hub id looks like this
     try:
         with nullcontext() if Path(checkpoint).is_dir() else hub():
+            if (adapters := _adapter_folder(checkpoint)) is not None:
+                return _load_merged(adapters, field)
             return AutoModelForCausalLM.from_pretrained(
                 str(checkpoint), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
@@ -92,17 +111,62 @@ def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedM
         raise missing_from_hub(checkpoint, field, "model", error) from None
 
 
-def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
-    """Give the model rows for tokens that it lacks, each the mean of the rows it has; a padded vocabulary is left alone."""
+def _adapter_folder(checkpoint: Path | str) -> Path | None:
+    """The local folder of a checkpoint that holds adapters; None for a model."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint) if is_adapter(checkpoint) else None
+    if find_adapter_config_file(str(checkpoint)) is None:
+        return None
+    return Path(snapshot_download(str(checkpoint), allow_patterns=[SETTINGS, WEIGHTS, GENERATION]))
+
+
+def _load_merged(folder: Path, field: str) -> PreTrainedModel:
+    name = base_of(folder, field)
+    base = load_model(name, field)
+    if adapter_section(folder):
+        check_base(folder, start_hash(name, base), name, field)
+    return merge(base, folder, field)
+
+
+def start_hash(checkpoint: Path | str | None, model: PreTrainedModel) -> str:
+    """Hash of a loaded checkpoint's weights, by which a run knows its start.
+
+    That of adapters of ours is made of theirs and of the model's under them: merged weights differ in their last bits from
+    machine to machine.
+
+    Args:
+        checkpoint: what the model was loaded from. None: it is new.
+        model: with merged adapters.
+    """
+    if checkpoint is None or not is_adapter(checkpoint) or not (section := adapter_section(Path(checkpoint))):
+        return weights_hash(model)
+    return adapter_hash(Path(checkpoint), section["base_weights"], section["quantize"])
+
+
+def grow_vocabulary(model: PreTrainedModel, num_tokens: int) -> int:
+    """Give the model rows for tokens that it lacks, each the mean of the rows it has; a padded vocabulary is left alone.
+
+    Returns how many it lacked.
+    """
     old = vocabulary_rows(model)
     if num_tokens <= old:
-        return
+        return 0
     with torch.random.fork_rng():  # transformers 5.x draws random rows first
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
     with torch.no_grad():
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
             for rows in table.parameters():  # type: ignore[union-attr]
                 rows[old:] = rows[:old].mean(0)
+    return num_tokens - old
+
+
+def make_savable(model: PreTrainedModel) -> None:
+    """Mend a generation config that transformers 5.x would not save: a temperature without do_sample, as Llama 2 comes with."""
+    assert model.generation_config is not None
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
 
 
 def missing_from_hub(name: Path | str, field: str, kind: str, error: Exception) -> UserError:

@@ -52,6 +52,8 @@ class Policy(nn.Module):
         """Whether the model runs on packed rows; else every sequence has a padded line of its own."""
         self.plain_head = True
         """Whether the head is the output projection and nothing more."""
+        self.compiled = False
+        """Whether its layers are compiled (`models.compilation`), which rounds otherwise."""
         self.note: str | None = None
         """A sentence for the log where it does not run in the fast way."""
         self._choose_path()

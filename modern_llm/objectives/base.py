@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,12 +40,15 @@ class Outcome:
 class Objective:
     """A stage's meaning. Most objectives need no more than a call; the other methods do nothing here."""
 
-    accuracy: ClassVar[str]
+    accuracy: str
     """Name of the metric that the log line shows as `accuracy`."""
     units: dict[str, Unit]
     """Every metric, and what it is a sum over. Known before any batch: a rank may have none in the last step of an epoch."""
     whole_step: bool = False
     """Whether the loss of one example depends on the others of its optimizer step, so that `begin_step` must see all first."""
+
+    follows_the_policy: bool = False
+    """Whether something of it must be told of every update: `end_step` does something."""
 
     def __call__(self, policy: Policy, batch: MicroBatch) -> Outcome:
         """Sums over one micro-batch, on the policy's device."""

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +35,13 @@ class PreferenceObjective(Objective):
     its value does not depend on the micro-batch.
     """
 
-    accuracy: ClassVar[str] = "rewards/accuracies"
+    accuracy = "rewards/accuracies"
 
     def __init__(self, config: DPOConfig, live: Policy | None = None) -> None:
         self.config = config
         self.live = live
         self.whole_step = config.whole_step
+        self.follows_the_policy = config.whole_step or config.sync_ref_model
         rewards = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
         names = [*rewards, "logps/chosen", "logps/rejected"]
         if config.f_divergence_type in ("forward_kl", "alpha_divergence"):

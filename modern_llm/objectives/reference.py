@@ -26,6 +26,7 @@ from modern_llm.checkpoint import weights_hash
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
 from modern_llm.data.store import cache_folder
+from modern_llm.models.adapters import state_without_adapters
 from modern_llm.models.policy import Policy
 from modern_llm.objectives.answers import answer_scores
 from modern_llm.precision import autocast
@@ -46,7 +47,7 @@ def with_reference(data: PreparedData, reference: Policy, precision: torch.dtype
         reference: the frozen start, or the policy itself before its first step; left in the mode in which it came.
         precision: type of its matrix products, the same as the policy's.
     """
-    weights = weights_hash(reference.model)
+    weights = weights_hash(state_without_adapters(reference.model))  # they are off
     assert isinstance(data.train, Mixture)
     assert isinstance(data.evaluation, Mixture)
     train, computed = _table(data.train, reference, precision, weights)
@@ -132,7 +133,7 @@ def _key(examples: Mixture, reference: Policy, precision: torch.dtype, weights: 
         "pairs": examples.fingerprint(),
         "precision": str(precision),
         "attention": reference.attention,
-        "path": (reference.packs, reference.plain_head),
+        "path": (reference.packs, reference.plain_head, reference.compiled),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "code": _code_version(),

@@ -1,9 +1,12 @@
 """The one training loop. Stages differ in their objective and their data, and in nothing here."""
 
+import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -11,15 +14,32 @@ import torch
 
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig, UserError
-from modern_llm.data.loader import MicroBatch, Position, StepBatch, micro_batches, steps
+from modern_llm.data.loader import MicroBatch, Position, StepBatch, ahead, micro_batches, steps
 from modern_llm.data.prepared import Example, PreparedData
 from modern_llm.metrics import Averages, RunLog
+from modern_llm.models.flops import training_cost
 from modern_llm.models.policy import Policy
 from modern_llm.objectives import Objective, Unit
+from modern_llm.objectives.balance import Balanced
 from modern_llm.precision import autocast
+from modern_llm.training.ema import WeightAverage
+from modern_llm.training.garbage import collection_held_off
 from modern_llm.training.optim import Optimizer, learning_rate_factor
+from modern_llm.training.speed import Speed
 
 MOST_SKIPPED_STEPS_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An optimizer step whose numbers are to be read."""
+
+    number: int
+    rows: list[int]
+    """Which rows of the data were in it."""
+    counts: dict[str, int]
+    numbers: torch.Tensor
+    """(1 + sums,) on the device: norm of the gradient, loss, and the sum of each metric."""
 
 
 class Loop:
@@ -45,16 +65,25 @@ class Loop:
             log: where numbers go.
             save: called with (step, state) at every `save_every`-th step.
         """
-        self.policy, self.objective, self.data, self.config = policy, objective, data, config
+        self.policy, self.data, self.config = policy, data, config
+        self.objective = Balanced(objective, policy, config.balance_loss) if config.balance_loss else objective
         self.precision, self.log, self.save = precision, log, save
         self.optimizer = Optimizer(policy.model, config, policy.device)
         for note in self.optimizer.notes:
             log.message(note)
+        self.average = None if config.ema_decay is None else WeightAverage(self.optimizer.groups.all, config.ema_decay)
+        self.speed = Speed(training_cost(policy.model), policy.device, precision)
+        log.message(self.speed.describe())
         self.step = 0
         self.position = Position()
         self.averages = Averages()
         self.skipped_in_a_row = 0
         self.last_evaluation: dict[str, float] = {}
+        self.unread: list[_Step] = []
+        """Steps that are done and whose numbers are still on the device."""
+        on_device = self.optimizer.skips_on_device and self.average is None and not objective.follows_the_policy
+        self.reads_later = policy.device.type == "cuda" and on_device
+        """Whether the host waits for the device only where something is logged, measured or saved, not in every step."""
 
     def state(self) -> dict[str, Any]:
         """All that decides the rest of the run besides the weights. Dropout needs none: see `_seed_dropout`."""
@@ -62,6 +91,7 @@ class Loop:
             "step": self.step,
             "position": asdict(self.position),
             "optimizer": self.optimizer.state(),
+            "weight_average": None if self.average is None else self.average.state(),
             "averages": self.averages.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "objective": self.objective.state(),
@@ -72,6 +102,8 @@ class Loop:
         self.step = state["step"]
         self.position = Position(**state["position"])
         self.optimizer.load(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["weight_average"])
         self.averages.load(state["averages"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.objective.load(state["objective"])
@@ -81,42 +113,53 @@ class Loop:
         config = self.config
         assert config.max_steps is not None
         assert config.batch_size is not None
-        batches = steps(
-            self.data.train, config.batch_size, config.micro_batch_size, config.seed, self.position,
-            distributed.rank(), distributed.world_size(), config.micro_batch_tokens,
+        left = itertools.islice(
+            steps(
+                self.data.train, config.batch_size, config.micro_batch_size, config.seed, self.position,
+                distributed.rank(), distributed.world_size(), config.micro_batch_tokens,
+            ),
+            max(0, config.max_steps - self.step),
         )  # fmt: skip
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        batches = ahead(left, pinned=bool(devices))
+        with torch.random.fork_rng(devices), collection_held_off(), closing(batches):
             self.policy.train()
-            self.timer = _Timer()
-            while self.step < config.max_steps:
-                batch = next(batches)
+            self.speed.start = time.perf_counter()
+            for batch in batches:
                 self._optimizer_step(batch)
                 self.step += 1
                 self.position = batch.after
                 self.log.advance()
                 self._periodic_work()
-        if closing := self.objective.closing(self.last_evaluation, self.data.report):
-            self.log.message(closing)
+        if summary := self.objective.closing(self.last_evaluation, self.data.report):
+            self.log.message(summary)
 
     def _periodic_work(self) -> None:
         config, last = self.config, self.step == self.config.max_steps
-        if self.step % config.log_every == 0 or last:
+        logs = self.step % config.log_every == 0 or last
+        measures = self.data.evaluation and (last or (config.eval_every is not None and self.step % config.eval_every == 0))
+        saves = config.save_every is not None and self.step % config.save_every == 0 and not last
+        if logs or measures or saves:
+            self._read()
+        if logs:
             self._log_training()
-        if self.data.evaluation and (last or (config.eval_every is not None and self.step % config.eval_every == 0)):
-            with self.timer.paused():
+            gc.collect()
+        if measures:
+            with self.speed.paused():
                 values = self.last_evaluation = self.evaluate(self.data.evaluation)
             shown = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
             self.log.log(self.step, {f"eval/{n}": v for n, v in values.items()}, tuple(f"eval/{name}" for name in shown))
-        if config.save_every is not None and self.step % config.save_every == 0 and not last:
-            with self.timer.paused():
+            gc.collect()
+        if saves:
+            with self.speed.paused():
                 self.save(self.step, self.state())
+            gc.collect()
 
     def _optimizer_step(self, batch: StepBatch) -> None:
         """Forward and backward over the micro-batches, each sum divided by the count of the whole step; then one update."""
         counts = self._global_counts(batch.micro_batches)
         self._seed_dropout()
-        self.optimizer.zero_grad()
+        self.optimizer.begin_step(learning_rate_factor(self.step + 1, self.config))
         sums = {name: torch.zeros((), device=self.policy.device) for name in ("loss", *self.objective.units)}
         micro_batches = [micro_batch.to(self.policy.device) for micro_batch in batch.micro_batches]
         with autocast(self.precision, self.policy.device):
@@ -129,45 +172,64 @@ class Loop:
                 loss.backward()
             for name, total in {"loss": loss.detach(), **outcome.metrics}.items():
                 sums[name] += total
-            self.timer.tokens += micro_batch.row.num_tokens
-        parameters = list(self.optimizer.groups.all.values())
-        distributed.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            self.speed.add(micro_batch.row)
+        distributed.sum_gradients(list(self.optimizer.groups.all.values()))
+        norm = self.optimizer.clip_gradients()
         totals = distributed.sum_over_ranks(torch.stack(list(sums.values())))
-        values = dict(zip(sums, totals.tolist(), strict=True))  # the step's one transfer to the host
-        if not torch.isfinite(norm) or not math.isfinite(values["loss"]):
-            self._skip(batch, float(norm), values["loss"])
-            return
-        self.skipped_in_a_row = 0
-        self.optimizer.set_learning_rate(learning_rate_factor(self.step + 1, self.config))
-        self.optimizer.step()
-        self.objective.end_step(self.policy, self.step + 1)
-        self.averages.add("loss", values["loss"], 1)
-        self.averages.add("grad_norm", float(norm), 1)
-        for name, unit in self.objective.units.items():
-            self.averages.add(name, values[name], counts[unit])
+        rows = [row for micro_batch in batch.micro_batches for row in micro_batch.row_ids]
+        self.unread.append(_Step(self.step + 1, rows, counts, torch.cat([norm[None], totals])))
+        if self.reads_later:
+            self.optimizer.step(is_finite=torch.isfinite(norm) & torch.isfinite(totals[0]))
+        elif self._read():
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+            self.objective.end_step(self.policy, self.step + 1)
+
+    def _read(self) -> bool:
+        """Fetch the numbers of the unread steps, in one transfer; whether all of them were finite."""
+        if not self.unread:
+            return True
+        rows = torch.stack([step.numbers for step in self.unread]).tolist()
+        unread, self.unread = self.unread, []
+        skipped = 0
+        for step, (norm, *totals) in zip(unread, rows, strict=True):
+            values = dict(zip(("loss", *self.objective.units), totals, strict=True))
+            if not math.isfinite(norm) or not math.isfinite(values["loss"]):
+                skipped += 1
+                self._skip(step, norm, values["loss"])
+                continue
+            self.skipped_in_a_row = 0
+            self.averages.add("loss", values["loss"], 1)
+            self.averages.add("grad_norm", norm, 1)
+            for name, unit in self.objective.units.items():
+                self.averages.add(name, values[name], step.counts[unit])
+        return not skipped
 
     def _global_counts(self, batches: Iterable[MicroBatch]) -> dict[str, int]:
         """Units of the whole optimizer step, over micro-batches and ranks."""
         names: tuple[Unit, ...] = get_args(Unit)
         batches = list(batches)
-        local = torch.tensor([sum(b.counts[name] for b in batches) for name in names], device=self.policy.device)
-        return dict(zip(names, distributed.sum_over_ranks(local).tolist(), strict=True))
+        local = [sum(b.counts[name] for b in batches) for name in names]
+        if distributed.world_size() > 1:
+            local = distributed.sum_over_ranks(torch.tensor(local, device=self.policy.device)).tolist()
+        return dict(zip(names, local, strict=True))
 
     def _seed_dropout(self) -> None:
         """Dropout is a function of (seed, step, rank), so no random state needs saving, and nothing can disturb it."""
         mixed = np.random.SeedSequence([self.config.seed, self.step, distributed.rank()]).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed[0]))
 
-    def _skip(self, batch: StepBatch, norm: float, loss: float) -> None:
-        """Leave weights and optimizer as they are and say which rows were in the batch."""
-        rows = [row for micro_batch in batch.micro_batches for row in micro_batch.row_ids]
+    def _skip(self, step: "_Step", norm: float, loss: float) -> None:
+        """Say which rows were in the batch of a step that left weights and optimizer as they were."""
         self.skipped_in_a_row += 1
-        self.log.message(f"step {self.step + 1} skipped: loss={loss} grad_norm={norm}; rows {rows[:20]}")
-        self.log.record({"step": self.step + 1, "skipped_rows": rows})
+        left = self.optimizer.left_alone()
+        what = "skipped" if left is None else f"left {len(left)} of {len(self.optimizer.groups.all)} parameters as they were"
+        self.log.message(f"step {step.number} {what}: loss={loss} grad_norm={norm}; rows {step.rows[:20]}")
+        self.log.record({"step": step.number, "skipped_rows": step.rows})
         if self.skipped_in_a_row >= MOST_SKIPPED_STEPS_IN_A_ROW:
             raise UserError(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step + 1}, had a loss or gradient not finite: "
+                f"{self.skipped_in_a_row} steps in a row, up to step {step.number}, had a loss or gradient not finite: "
                 f"lower learning_rate={self.config.learning_rate}, or look at the rows in {self.log.path}"
             )
 
@@ -181,17 +243,25 @@ class Loop:
         head = {"loss": means.pop("loss"), "accuracy": means.pop(self.objective.accuracy, 0.0), "lr": rate}
         if self.objective.accuracy != "accuracy":
             means[self.objective.accuracy] = head["accuracy"]
-        values = {**head, **means, "tokens_per_second": self.timer.rate() * distributed.world_size()}
+        values = {**head, **means, **self.speed.read()}
         size = self.data.train.epoch_size
         where = {"window": self.position.epoch} if size is None else {"epoch": self.position.epoch + self.position.index / size}
-        shown = ("loss", "accuracy", "lr", "rewards/margins", "grad_norm", "tokens_per_second")
+        shown = ("loss", "accuracy", "lr", "rewards/margins", "grad_norm", "tokens_per_second", "mfu")
         self.log.log(self.step, {**values, **where}, shown)
         if warning := self.objective.warning(values):
             self.log.message(f"warning: {warning}")
 
-    @torch.no_grad()
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the averaged weights, where there is an average."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Loss and metrics over examples: each sum divided by its count at the end, whatever the batch size."""
+        """Loss and metrics over examples, of the averaged weights where there are any."""
+        with torch.no_grad(), self.averaged_weights():
+            return self._evaluate(examples)
+
+    def _evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Each sum divided by its count at the end, whatever the batch size."""
         self.policy.eval()
         terms: dict[str, float] = {}
         sums = dict.fromkeys(self.objective.units, 0.0)
@@ -218,32 +288,3 @@ class Loop:
         loss = sum(total / max(counts[units[name]], 1) for name, total in terms.items())
         means = {name: total / max(counts[self.objective.units[name]], 1) for name, total in sums.items()}
         return {"loss": loss, **means, **self.objective.summary({name: torch.cat(values) for name, values in seen.items()})}
-
-
-class _Timer:
-    """Tokens per second of training alone, since the last reading."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.start = time.perf_counter()
-
-    def rate(self) -> float:
-        """Tokens per second since the last call."""
-        now = time.perf_counter()
-        rate = self.tokens / max(now - self.start, 1e-9)
-        self.tokens, self.start = 0, now
-        return rate
-
-    def paused(self) -> "_Pause":
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, timer: _Timer) -> None:
-        self.timer = timer
-
-    def __enter__(self) -> None:
-        self.begin = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.timer.start += time.perf_counter() - self.begin

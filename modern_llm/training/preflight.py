@@ -15,6 +15,7 @@ from modern_llm.metrics import RunLog
 from modern_llm.models.policy import Policy
 from modern_llm.objectives import Objective
 from modern_llm.precision import autocast
+from modern_llm.training.in_backward import freed_gradients
 
 EXAMPLES = 4
 """Most examples of the trial batch; never more than a micro-batch, which must fit into memory."""
@@ -45,7 +46,7 @@ def preflight(
     batch = next(iter(micro_batches(examples, len(examples)))).to(policy.device)
     devices = [policy.device] if policy.device.type == "cuda" else []
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), freed_gradients(parameters) as norms:
         torch.manual_seed(config.seed)
         policy.train()
         with autocast(precision, policy.device):
@@ -55,10 +56,7 @@ def preflight(
         if loss.requires_grad:
             loss.backward()
     objective.check_start(batch, outcome, precision)
-    norms = [p.grad.norm() for p in parameters if p.grad is not None]
     norm = float(torch.stack(norms).norm()) if norms else 0.0
-    for parameter in parameters:
-        parameter.grad = None
     value = float(loss.detach())
     if not math.isfinite(value) or not math.isfinite(norm):
         raise UserError(f"the loss of the first examples is {value} with a gradient of {norm}: the start's weights are damaged")

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from modern_llm import checkpoint as folders
 from modern_llm import distributed
+from modern_llm.allocator import keep_freed_memory
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.io import plain
@@ -19,12 +20,20 @@ from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
 from modern_llm.metrics import RunLog
-from modern_llm.models.build import grow_vocabulary, load_model, refuse_pickles
+from modern_llm.models.adapter_folders import load_adapter_weights, save_adapter
+from modern_llm.models.adapters import adapter_layers, add_adapter, keep_frozen_in
+from modern_llm.models.build import grow_vocabulary, load_model, make_savable, refuse_pickles, start_hash
+from modern_llm.models.compilation import compile_layers
 from modern_llm.models.policy import Policy, disable_dropout, refuse_random_training
+from modern_llm.models.recomputation import recompute_activations
+from modern_llm.models.routing import check_routed
 from modern_llm.objectives import Objective
 from modern_llm.precision import choose_precision
 from modern_llm.training.loop import Loop
+from modern_llm.training.optim import ParameterGroups
 from modern_llm.training.preflight import preflight
+from modern_llm.training.resume import newest_checkpoint
+from modern_llm.training.speed import foreseen_seconds
 
 Dataset = TypeVar("Dataset", bound=DatasetConfig)
 
@@ -33,8 +42,10 @@ def check_early(stage: Stage, config: TrainingConfig) -> None:
     """Refuse what can be refused before anything is loaded.
 
     Raises:
-        UserError: the batch arithmetic is wrong, or the run's folder is a file.
+        UserError: the batch arithmetic is wrong, adapters on random weights, or the run's folder is a file.
     """
+    if stage == "pretrain" and config.adapter is not None:
+        raise UserError("adapter leaves the weights as they are, and in pretraining they are random: leave it out")
     resolved = resolve(config, stage, distributed.world_size())
     assert resolved.output_dir is not None
     if resolved.output_dir.exists() and not resolved.output_dir.is_dir():
@@ -60,21 +71,27 @@ def dataset_or_default(given: Dataset | None, config: TrainingConfig, kind: type
 
 
 def open_checkpoint(
-    checkpoint: Path | str, tokenizer_name: str | None, field: str
+    checkpoint: Path | str, tokenizer_name: str | None, field: str, config: TrainingConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
     """Model, tokenizer and the tokenizer's recorded name of a starting checkpoint; one of ours is checked file by file.
 
     Where the tokenizer has more tokens than the model has embeddings (a chat template was added to a base model), the new
-    rows get the mean of the old ones.
+    rows get the mean of the old ones, to be trained.
 
     Raises:
-        UserError: missing, damaged, a pickle, or with another tokenizer than the one asked for.
+        UserError: missing, damaged, a pickle, with another tokenizer than the one asked for, or with too few embeddings for
+            adapters (`config`), which train none.
     """
     refuse_pickles(checkpoint, field)
     folders.verify(checkpoint)
     model = load_model(checkpoint, field)
     tokenizer, recorded_name = checkpoint_tokenizer(checkpoint, tokenizer_name, field)
-    grow_vocabulary(model, len(tokenizer))
+    lacking = grow_vocabulary(model, len(tokenizer))
+    if lacking and config is not None and config.adapter is not None:
+        raise UserError(
+            f"{field}={str(checkpoint)!r} has no embeddings for {lacking} tokens of its tokenizer and chat template, and an "
+            f"adapter leaves new rows all alike: train once without it, or give the tokenizer a chat_template of tokens it has"
+        )
     return model, tokenizer, recorded_name
 
 
@@ -134,6 +151,8 @@ def train_stage(
     if config.max_steps is None:
         raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
     device = distributed.device()
+    if device.type == "cpu":
+        keep_freed_memory()
     precision, why = choose_precision(config.mixed_precision, device)
     record = {
         **_inputs(stage, {"train": config, **sections}, model, data, tokenizer, parent),
@@ -144,16 +163,14 @@ def train_stage(
     assert config.output_dir is not None
     assert config.run_name is not None
     assert config.max_steps is not None
-    _check_lengths(model, data)
+    _check_model(model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
-    found = _newest(config.output_dir, config.run_name, final, record)
+    found = newest_checkpoint(config.output_dir, config.run_name, final, record)
     if found == final:
         print(f"{config.run_name}: finished already: {final}", flush=True)
         return final
-    if found is not None:
-        folders.verify(found)
-    state = None if found is None else folders.load_state(found)
-    policy = _make_policy(model, config, device, drop_out)
+    state = None if found is None else _verified_state(found)
+    policy = _make_policy(model, config, device, drop_out, precision)
     start = 0 if state is None else state["step"]
     with RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to) as log:
         _describe(log, policy, data, config, f"{device} {why}", found)
@@ -162,16 +179,18 @@ def train_stage(
             target = config.output_dir / "checkpoints" / f"step-{step:06d}"  # type: ignore[operator]
             _save(target, model, tokenizer, {**record, "step": step, "run": config.run_name}, training_state)
 
+        log.message(_compile(policy, stage, config, data, precision))
         data = data if prepare is None else prepare(policy, data, precision, log)
         if found is not None:
-            model.load_state_dict(load_model(found).state_dict())
+            _load_weights(model, found)
         loop = Loop(policy, objective, data, config, precision, log, save)
         if state is None:
-            preflight(policy, objective, data, tokenizer, precision, config, log)
+            preflight(policy, loop.objective, data, tokenizer, precision, config, log)
         else:
             loop.load(state)
         loop.run()
-        _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
+        with loop.averaged_weights():
+            _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
         log.message(f"saved {final}")
     return final
 
@@ -185,7 +204,7 @@ def _inputs(
     parent: Path | str | None,
 ) -> dict[str, Any]:
     """What decides a run's result, for the record."""
-    start_weights = folders.weights_hash(model)
+    start_weights = start_hash(parent, model)
     return {
         "stage": stage,
         "config": {name: plain(section) for name, section in sections.items()},
@@ -194,6 +213,14 @@ def _inputs(
         "data": data.fingerprint(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
+
+
+def _check_model(model: PreTrainedModel, data: PreparedData, config: TrainingConfig) -> None:
+    """Refuse what this model cannot do: settings of parts that it lacks, samples that are too long for it."""
+    ParameterGroups(model).check(config)
+    if config.balance_loss:
+        check_routed(model)
+    _check_lengths(model, data)
 
 
 def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
@@ -221,7 +248,40 @@ def _angles_change_beyond(config: PreTrainedConfig) -> int | None:
     return min((p.get("original_max_position_embeddings") or config.max_position_embeddings for p in turning), default=None)
 
 
-def _make_policy(model: PreTrainedModel, config: TrainingConfig, device: torch.device, drop_out: bool) -> Policy:
+def _add_adapter(model: PreTrainedModel, config: TrainingConfig, drop_out: bool) -> None:
+    """Put the run's adapters into the model.
+
+    Raises:
+        UserError: a setting that would have no effect with them.
+    """
+    assert config.adapter is not None
+    if config.adapter.dropout and not drop_out:
+        raise UserError(
+            f"adapter.dropout={config.adapter.dropout} has no effect where disable_dropout switches all dropout off: leave it "
+            f"out, or set dpo_config.disable_dropout: false"
+        )
+    add_adapter(model, config.adapter, config.seed)
+    ParameterGroups(model).check(config)
+
+
+def _verified_state(found: Path) -> dict[str, Any]:
+    folders.verify(found)
+    return folders.load_state(found)
+
+
+def _load_weights(model: PreTrainedModel, found: Path) -> None:
+    """What trains, from a periodic checkpoint."""
+    if adapter_layers(model):
+        load_adapter_weights(model, found)
+    else:
+        model.load_state_dict(load_model(found).state_dict())
+
+
+def _make_policy(
+    model: PreTrainedModel, config: TrainingConfig, device: torch.device, drop_out: bool, precision: torch.dtype
+) -> Policy:
+    if config.adapter is not None:
+        _add_adapter(model, config, drop_out)
     model.to(device)  # type: ignore[arg-type]
     if not drop_out:
         disable_dropout(model)
@@ -229,8 +289,17 @@ def _make_policy(model: PreTrainedModel, config: TrainingConfig, device: torch.d
     if not drop_out:
         refuse_random_training(policy)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, config.checkpointed_share)
+    if config.adapter is not None and precision != torch.float32:
+        keep_frozen_in(model, precision)  # last: the checks above run without autocast
     return policy
+
+
+def _compile(policy: Policy, stage: Stage, config: TrainingConfig, data: PreparedData, precision: torch.dtype) -> str:
+    """Compile the layers where that is wanted; a sentence for the log."""
+    if stage == "dpo" and config.compile == "auto":
+        return "compile: off (auto: compiled layers round otherwise than those that the reference on disk was computed with)"
+    return compile_layers(policy, config.compile, foreseen_seconds(policy, data, config, precision))
 
 
 def _describe(
@@ -241,6 +310,8 @@ def _describe(
     if policy.note is not None:
         log.message(policy.note)
     log.message(f"{type(policy.model).__name__} {parameters / 1e6:.2f}M parameters on {where}")
+    if config.adapter is not None:
+        log.message(f"they are those of {len(adapter_layers(policy.model))} adapters; the rest of the model stays as it is")
     log.message("data " + " ".join(f"{name}={count}" for name, count in data.report.items() if count))
     if config.micro_batch_tokens is not None:
         log.message(f"{config.max_steps} steps of {config.batch_size}, in micro-batches of {config.micro_batch_tokens} tokens")
@@ -251,57 +322,6 @@ def _describe(
         )
     if resumed is not None:
         log.message(f"resuming from {resumed}")
-
-
-def _newest(output_dir: Path, run_name: str, final: Path, record: dict[str, Any]) -> Path | None:
-    """The finished checkpoint, or else the newest one to resume from, if made from the same inputs.
-
-    Raises:
-        UserError: made from other inputs.
-    """
-    candidates = [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]
-    for folder in candidates:
-        manifest = folders.read_manifest(folder)
-        if manifest is None:
-            if folder == final and folder.exists():
-                raise UserError(
-                    f"{final} is there and is no checkpoint of ours: use another output_dir or run_name, or remove it"
-                )
-            continue
-        other = manifest.get("run")
-        if folder != final and other != run_name and (output_dir / f"{other}_final").is_dir():
-            continue  # left by another run, which is finished
-        difference = first_difference({name: manifest.get(name) for name in record}, record)
-        if difference is None and manifest.get("run") == run_name:
-            return folder
-        why = difference or f"run_name: {manifest.get('run')!r} there, {run_name!r} now"
-        raise UserError(
-            f"output_dir={str(output_dir)!r} holds {folder.name} of a run with other inputs ({why}): use another output_dir or "
-            f"run_name, or remove that folder"
-        )
-    return None
-
-
-# where a run is written, how it reports and when it saves or evaluates cannot change its result
-_IRRELEVANT = (
-    *(f"config.train.{name}" for name in ("output_dir", "report_to", "log_every", "eval_every", "save_every")),
-    "config.train.tokenizer_name",
-    "tokenizer_name",  # its content is compared
-    "parent.checkpoint",
-)
-
-
-def first_difference(there: Any, now: Any, path: str = "") -> str | None:
-    """`train.seed: 0 there, 1 now` for the first difference between two records; None if equal."""
-    if path in _IRRELEVANT:
-        return None
-    if isinstance(there, dict) and isinstance(now, dict):
-        for name in sorted(there.keys() | now.keys()):
-            inner = first_difference(there.get(name), now.get(name), f"{path}.{name}" if path else name)
-            if inner is not None:
-                return inner
-        return None
-    return None if there == now else f"{path.removeprefix('config.')}: {there!r} there, {now!r} now"
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -320,16 +340,21 @@ def _save(
     """Write a checkpoint on the main rank; all ranks wait for it."""
     if distributed.is_main():
         with folders.atomic_folder(target) as scratch:
+            make_savable(model)
             assert model.generation_config is not None
-            try:
-                model.generation_config.validate(strict=True)
-            except ValueError:  # a temperature without do_sample, as Llama 2 comes with; transformers 5.x would not save it
-                model.generation_config.do_sample = True
             model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
             model.generation_config.pad_token_id = tokenizer.eos_token_id
-            model.save_pretrained(scratch)
+            more = _save_model(model, scratch, target, manifest)
             tokenizer.save_pretrained(scratch)
             if training_state is not None:
                 folders.save_state(scratch, training_state)
-            folders.write_manifest(scratch, {**manifest, "weights": folders.weights_hash(model)})
+            folders.write_manifest(scratch, {**manifest, **more})
     distributed.barrier()
+
+
+def _save_model(model: PreTrainedModel, scratch: Path, target: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the weights, or those of the adapters alone; returns what the manifest says of them."""
+    if not adapter_layers(model):
+        model.save_pretrained(scratch)
+        return {"weights": folders.weights_hash(model)}
+    return save_adapter(model, scratch, target, manifest["parent"], manifest["config"]["train"]["adapter"]["quantize"])

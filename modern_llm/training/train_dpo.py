@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 
 from modern_llm import distributed
 from modern_llm.checkpoint import weights_hash
-from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig, UserError
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.metrics import RunLog
+from modern_llm.models.adapters import adapters_off
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
@@ -47,9 +48,14 @@ def run_dpo(
     with distributed.process_group():
         check_early("dpo", train_config)
         dpo_config = dpo_config or DPOConfig()
+        if train_config.adapter is not None and dpo_config.sync_ref_model:
+            raise UserError(
+                "sync_ref_model moves the reference towards the policy; with adapters A and B would be mixed apart, which does "
+                "not mix the products B A: leave sync_ref_model or adapter out"
+            )
         preference_config = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
-        model, tokenizer, recorded_name = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint")
+        model, tokenizer, recorded_name = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config)
         reference = open_reference(dpo_config, tokenizer)
         objective = PreferenceObjective(dpo_config)
 
@@ -101,7 +107,8 @@ def ask_reference(
         other.to(start.device)  # type: ignore[arg-type]
         reference = frozen(Policy(other, start.attention))
     began = time.perf_counter()
-    data, computed = with_reference(data, reference, precision)
+    with adapters_off(reference.model):  # the start is what the adapters are added to
+        data, computed = with_reference(data, reference, precision)
     if computed:
         log.message(f"reference log-probs of {computed} pairs in {time.perf_counter() - began:.1f} s, kept for other runs")
     else:

@@ -132,3 +132,26 @@ def test_a_resumed_run_goes_on_counting_spoiled_steps(tokenizer: PreTrainedToken
     resumed.load(state)
     with pytest.raises(UserError, match="up to step 5"):
         resumed.run()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_numbers_read_later_change_nothing(optimizer: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """On a GPU the host looks at a step's numbers where it logs. Spoiled steps are left out on the device all the same."""
+    found = []
+    for later in (False, True):
+        loop, _ = spoiled_loop(tokenizer, tmp_path / str(later), {2, 3}, max_steps=6, optimizer=optimizer, log_every=4)
+        loop.reads_later = later
+        assert loop.optimizer.skips_on_device
+        loop.config = loop.config.model_copy(update={"save_every": None})
+        loop.run()
+        lines = [{k: v for k, v in line.items() if k not in TIMES} for line in metric_lines(tmp_path / str(later))]
+        found.append((snapshot(loop.policy.model), loop.optimizer.state(), lines))
+    (weights, states, lines), (later_weights, later_states, later_lines) = found
+    assert identical(later_weights, weights)
+    for name, values in states.items():
+        assert all(torch.equal(later_states[name][key], value) for key, value in values.items())
+    assert later_lines == lines
+    assert [line["step"] for line in lines if "skipped_rows" in line] == [2, 3]
+
+
+TIMES = {"time", "tokens_per_second", "mfu"}

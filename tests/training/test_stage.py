@@ -37,7 +37,7 @@ from modern_llm.data.tokenizer import load_tokenizer, train_tokenizer
 from modern_llm.layout import Segment, pack
 from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy
-from modern_llm.training.stage import first_difference
+from modern_llm.training.resume import first_difference
 from modern_llm.training.train_dpo import run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft

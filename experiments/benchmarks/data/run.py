@@ -26,26 +26,11 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.texts import make_text, make_tokenizer
+
 PROCESSES = 2
-
-
-def make_text(path: Path, megabytes: int) -> None:
-    """Documents of 50 to 1,500 words with sentences and paragraphs."""
-    rng = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlucmfwygpbvk"))
-    words = np.array(["".join(rng.choice(letters[: 6 + n % 17], 2 + n % 9)) for n in range(200_000)])
-    shares = 1 / (np.arange(200_000) + 10)
-    edges = np.cumsum(shares / shares.sum())
-    size = 0
-    with path.open("w", encoding="utf-8") as file:
-        while size < megabytes * 1_000_000:
-            drawn = words[np.minimum(np.searchsorted(edges, rng.random(int(rng.integers(50, 1500)))), len(words) - 1)].tolist()
-            for at in range(0, len(drawn) - 12, 12):
-                drawn[at] = drawn[at].capitalize()
-                drawn[at + 11] += ".\n\n" if at % 96 == 84 else "."
-            line = json.dumps({"text": " ".join(drawn).replace("\n ", "\n")}) + "\n"
-            file.write(line)
-            size += len(line)
 
 
 def make_pairs(path: Path, count: int) -> None:
@@ -59,15 +44,6 @@ def make_pairs(path: Path, count: int) -> None:
         for _ in range(count):
             row = {"prompt": text(10, 60), "chosen": text(20, 120), "rejected": text(20, 120)}
             file.write(json.dumps(row) + "\n")
-
-
-def make_tokenizer(folder: Path, text: Path) -> None:
-    """A byte-level BPE of 32,000 tokens, trained on the beginning of the text."""
-    from modern_llm.data.tokenizer import train_tokenizer
-
-    with text.open(encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line, _ in zip(file, range(5000), strict=False)]
-    train_tokenizer(texts, 32_000).save_pretrained(folder)
 
 
 def resident_megabytes() -> float:

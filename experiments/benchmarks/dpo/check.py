@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, Literal
 
+from common.compare import largest
 from job import Job, run_side
 
 START_RATES = {"cpu": 1e-4, "gpu": 1e-5}
@@ -61,7 +62,7 @@ def same_start(job: Job) -> dict[str, Any]:
             for mine, theirs, tokens in zip(*row, strict=True)
         ]
         found[precision] = here = {
-            "logprob_relative_max": max(abs(mine - theirs) / abs(theirs) for mine, theirs, _ in pairs),
+            "logprob_relative_max": largest(abs(mine - theirs) / abs(theirs) for mine, theirs, _ in pairs),
             "logprob_per_token_mean": sum(abs(mine - theirs) / tokens for mine, theirs, tokens in pairs) / len(pairs),
             "losses_ours": ours["losses"],
             "losses_peer": peer["losses"],

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job import BETA, MAX_LENGTH, Job, clock, rates
+from common.ours import rows_of, watch
+from common.process import clock
+from job import BETA, MAX_LENGTH, Job, rates
 
 from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.loader import StepBatch, micro_batches
+from modern_llm.data.loader import micro_batches
 from modern_llm.data.preference_datasets import StoredPairs, prepare_preferences
 from modern_llm.data.prepared import Example, PreparedData, StoredExamples, epoch_order
 from modern_llm.data.tokenizer import load_tokenizer
@@ -21,7 +23,6 @@ from modern_llm.models.policy import Policy
 from modern_llm.objectives.preference import answer_scores
 from modern_llm.precision import autocast
 from modern_llm.training import train_dpo
-from modern_llm.training.loop import Loop
 
 
 @dataclass
@@ -45,14 +46,9 @@ def peer_numbers(count: int) -> dict[int, int]:
     return {place: number for number, place in enumerate(epoch_order(count, 0, 0).tolist())}
 
 
-def watch(job: Job) -> Seen:
-    """Wrap the end of a step, the pass of the reference, and the beginning of a step."""
-    seen = Seen()
-    advance, ask, take_step = RunLog.advance, train_dpo.ask_reference, Loop._optimizer_step
-
-    def advance_and_read(self: RunLog) -> None:
-        advance(self)
-        seen.step_ends.append(clock(job.gpu))
+def watch_job(job: Job) -> Seen:
+    """Read the end of a step, its rows, and the pass of the reference."""
+    seen, ask = Seen(), train_dpo.ask_reference
 
     def ask_and_time(objective: Any, start: Policy, other: Any, data: PreparedData, precision: torch.dtype, log: RunLog) -> Any:
         began = clock(job.gpu)
@@ -62,13 +58,11 @@ def watch(job: Job) -> Seen:
             seen.logprobs = logprobs(start, data, precision, job)
         return asked
 
-    def take_step_and_note(self: Loop, batch: StepBatch) -> None:
-        seen.step_rows.append([row for micro_batch in batch.micro_batches for row in micro_batch.row_ids])
-        take_step(self, batch)
-
-    RunLog.advance = advance_and_read
     train_dpo.ask_reference = ask_and_time
-    Loop._optimizer_step = take_step_and_note
+    watch(
+        on_batch=lambda batch: seen.step_rows.append(rows_of(batch)),
+        on_step=lambda _: seen.step_ends.append(clock(job.gpu)),
+    )
     if job.separate:
         StoredPairs.__getitem__ = StoredExamples.__getitem__
     return seen
@@ -106,7 +100,7 @@ def tokens(job: Job) -> dict[str, Any]:
 
 
 def train(job: Job) -> dict[str, Any]:
-    seen = watch(job)
+    seen = watch_job(job)
     with tempfile.TemporaryDirectory() as out:
         train_dpo.run_dpo(
             Path(job.folder) / "ours",

@@ -16,22 +16,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
+from common.models import get_tokenizer, make_folders
 from job import MAX_LENGTH, Plan
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PreTrainedTokenizerFast
 
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.messages import Pair
 from modern_llm.data.preference_datasets import encode_whole
 from modern_llm.data.prepared import epoch_order
-from modern_llm.data.tokenizer import train_tokenizer
 from modern_llm.data.village import village_rows
 
 Row = dict[str, str]
@@ -41,19 +33,6 @@ Ids = tuple[list[int], list[int], list[int]]
 
 ANSWERS = "\n\nAssistant:"
 """What stands between a prompt's last words and an answer."""
-GPT2_WORDS = 50_257
-"""Rows of the embedding of the 30M model, however small the tokenizer is."""
-
-
-def template(end: str) -> str:
-    """A chat template that is the peer's plain text."""
-    opening, end = json.dumps(ANSWERS), json.dumps(end)
-    return (
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-        "{{ " + opening + " + message['content'] + " + end + " }}"
-        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ " + opening + " }}{% endif %}"
-    )
 
 
 def hh_pairs(path: Path) -> Iterator[Row]:
@@ -129,51 +108,6 @@ def usable(rows: Iterator[Row], count: int, tokenizer: PreTrainedTokenizerFast, 
     return found
 
 
-def shape_of(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """The model's config; the 30M one is Qwen3 with GPT-2's vocabulary."""
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    if plan.shape == "0.5B":
-        return Qwen2Config(
-            vocab_size=151_936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-            intermediate_size=4864, max_position_embeddings=32_768, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **ends,
-        )  # fmt: skip
-    hidden, layers, heads, ffn = (32, 2, 2, 64) if plan.shape == "tiny" else (384, 6, 6, 1024)
-    words = 0 if plan.shape == "tiny" else GPT2_WORDS
-    return Qwen3Config(
-        vocab_size=max(len(tokenizer), words), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, head_dim=hidden // heads, intermediate_size=ffn, max_position_embeddings=2048,
-        tie_word_embeddings=True, **ends,
-    )  # fmt: skip
-
-
-def make_models(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """The peer's folder, and ours with the same weights and the chat template; what FLOPs are counted from."""
-    folder = Path(plan.folder)
-    config = shape_of(plan, tokenizer)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder / "model")
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "ours").mkdir()
-    for file in (folder / "model").glob("*"):
-        if file.suffix == ".safetensors" or file.name in ("config.json", "generation_config.json"):
-            (folder / "ours" / file.name).symlink_to(file)
-    tokenizer.chat_template = template(str(tokenizer.eos_token))
-    tokenizer.save_pretrained(folder / "ours")
-    body = sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "body_parameters": body,
-        "layers": config.num_hidden_layers,
-        "hidden": config.hidden_size,
-        "attention_width": config.num_attention_heads
-        * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        "vocabulary": config.vocab_size,
-    }
-
-
 def write_sets(folder: Path, sets: dict[str, list[Row]]) -> None:
     """Each set as the peer reads it, and as ours does, laid so that ours draws it in the same order."""
     (folder / "rows").mkdir()
@@ -188,12 +122,8 @@ def write_sets(folder: Path, sets: dict[str, list[Row]]) -> None:
 
 def main() -> None:
     plan = Plan(**json.loads(sys.argv[1]))
-    if plan.tokenizer is None:
-        tokenizer = train_tokenizer(row["text"] for row in village_rows("text", "train")[:3000])
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(plan.tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
-    model = make_models(plan, tokenizer)
+    tokenizer = get_tokenizer(plan.tokenizer)
+    model = make_folders(Path(plan.folder), plan.shape, tokenizer, ANSWERS)
     left_out: dict[str, int] = {}
     candidates = village_pairs() if plan.pairs is None else hh_pairs(Path(plan.pairs))
     found = usable(candidates, max(plan.sets.values()), tokenizer, left_out)

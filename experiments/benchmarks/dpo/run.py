@@ -15,7 +15,7 @@ environment it holds for TRL too.
     rate_ratio_precomputed   both with the reference asked before, and that counted
     rate_ratio_cached        both with the reference asked before, and that left out
     memory_ratio             peak memory of the process, ours to TRL's with its reference in every step
-    matmul_limit_share       ours at a micro-batch of 32: needed arithmetic a second (`flops.py`) by what this machine can do
+    matmul_limit_share       ours at a micro-batch of 32: needed arithmetic a second by what this machine can do (`flops.py`)
 
 `--lengths` adds ours with a prompt laid once for both answers against ours with the prompt laid twice. `--gpu` takes a model in
 the shape of Qwen2.5-0.5B. The last line is one JSON object.
@@ -23,19 +23,21 @@ the shape of Qwen2.5-0.5B. The last line is one JSON object.
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
+import sys
 import tempfile
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from check import same_start, same_steps, same_tokens
+from common.flops import measured_limit
+from common.machine import circumstances, load_now
+from common.process import DATA
 from flops import needed
 from job import Job, Plan, run_side
 
@@ -43,8 +45,6 @@ LARGE = 32
 """Pairs of a micro-batch at which the share of the machine's limit is taken."""
 LENGTHS = {"long_prompts": (350, 40), "short_prompts": (20, 200)}
 """Tokens of a prompt and of an answer."""
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
-"""Looked into for HH-RLHF and GPT-2's tokenizer; it need not be there."""
 PAIRS = DATA / "preference/hh-rlhf-harmless-base/test.jsonl.gz"
 TOKENIZER = DATA / "tokenizers/gpt2"
 
@@ -145,7 +145,7 @@ def measure_share(job: Job, repeats: int, model: dict[str, int], rows: list[list
     """Ours at a large micro-batch, as a share of what this machine can do."""
     runs, limits = [], []
     for _ in range(repeats):
-        limits.append(run_side("flops", job))
+        limits.append(measured_limit(job.gpu))
         runs.append(timed("ours", job))
     counted = rows[job.micro_batch : job.micro_batch * job.steps]
     flops = statistics.mean(needed(model, *map(len, row)) for row in counted)
@@ -177,31 +177,6 @@ def measure_lengths(job: Job, repeats: int) -> dict[str, Any]:
         once, twice = (summary(kept) for kept in runs.values())
         found[name] = {"once": once, "twice": twice, "rate_ratio": ratio(once["pairs_per_second"], twice["pairs_per_second"])}
     found["no_case_slower"] = all(found[name]["rate_ratio"] >= 1 for name in LENGTHS)
-    return found
-
-
-def machine(gpu: bool) -> str:
-    """Processor, cores and GPU, in words."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    found = f"{cpu}, {os.cpu_count()} cores"
-    if gpu:
-        import torch
-
-        found += f", {torch.cuda.get_device_name()}"
-    return found
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("modern-llm", "torch", "transformers", "trl", "flash-attn", "liger-kernel"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -238,9 +213,7 @@ def show(result: dict[str, Any], given: argparse.Namespace) -> None:
 
 def main() -> None:
     given = arguments()
-    load = round(os.getloadavg()[0], 2)
-    if load > 0.5:
-        print(f"this machine is busy (load {load}): rates will not mean much")
+    load = load_now()
     folder = (given.folder or Path(tempfile.mkdtemp())).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -276,11 +249,7 @@ def main() -> None:
             "micro_batch": given.micro_batch,
             "steps": given.steps,
             "repeats": given.repeats,
-            "load_before": load,
-            "huge_pages_for_both": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-            "versions": versions(),
-            "machine": machine(given.gpu),
-            "date": date.today().isoformat(),
+            **circumstances(given.gpu, load),
         }
         show(result, given)
         print(json.dumps(result))

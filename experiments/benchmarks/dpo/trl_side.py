@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from common.process import clock
 from datasets import Dataset, disable_progress_bars
-from job import BETA, MAX_LENGTH, Job, clock, rates
+from job import BETA, MAX_LENGTH, Job, rates
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer  # type: ignore - TRL exports lazily
 

@@ -1,0 +1,173 @@
+"""Folders that hold adapters and no model: written small, merged with the model under them when they are loaded.
+
+They are peft's folders. What is more, ours say in the manifest which weights the model under them must have.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from modern_llm.checkpoint import read_manifest, sha256_of_file
+from modern_llm.config import UserError
+from modern_llm.models.adapters import NAME
+
+SETTINGS, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
+"""Files of an adapter folder, as peft and transformers name them."""
+
+
+def is_adapter(folder: Path | str) -> bool:
+    """Whether a local folder holds adapters."""
+    return (Path(folder) / SETTINGS).is_file()
+
+
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapters' weights under the names they have in peft's files; they share memory with the model."""
+    from peft import get_peft_model_state_dict
+
+    # with "auto" peft would ask the hub for the base's config
+    state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    return {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+
+
+def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Put what `save_adapter` wrote back into the model, which has the same adapters."""
+    saved, own = load_file(folder / WEIGHTS), adapter_weights(model)
+    assert saved.keys() == own.keys(), f"{folder}: adapters of other layers"
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def save_adapter(
+    model: PreTrainedModel, folder: Path, target: Path, base: dict[str, str], quantize: str | None
+) -> dict[str, Any]:
+    """Write adapters, their settings and the generation config; returns what the manifest says of them.
+
+    Args:
+        model: with adapters.
+        folder: where to.
+        target: the name that the folder will have.
+        base: the model under them: `checkpoint`, a folder or a hub id, and the hash of its `weights`. A folder is named
+            relative to `target`, so that both can move together.
+        quantize: how it was rounded.
+    """
+    weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model).items()}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    name, local = base["checkpoint"], Path(base["checkpoint"])
+    settings: dict[str, Any] = model.peft_config[NAME].to_dict()  # type: ignore[operator, index]
+    settings["base_model_name_or_path"] = os.path.relpath(local.resolve(), target.resolve()) if local.is_dir() else name
+    settings["inference_mode"] = True
+    text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)  # a set has no order of its own
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+    assert model.generation_config is not None
+    model.generation_config.save_pretrained(folder)
+    weights_hash = adapter_hash(folder, base["weights"], quantize)
+    return {"weights": weights_hash, "adapter": {"base_weights": base["weights"], "quantize": quantize}}
+
+
+def adapter_hash(folder: Path, base_weights: str, quantize: str | None) -> str:
+    """sha256 of what decides the merged weights. Unlike a hash of these, it does not depend on how a machine rounds sums.
+
+    Args:
+        folder: adapters.
+        base_weights: hash of the model under them.
+        quantize: how that was rounded.
+    """
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = {name: value for name, value in settings.items() if name not in ("base_model_name_or_path", "peft_version")}
+    decides = [base_weights, quantize, sha256_of_file(folder / WEIGHTS), settings]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def base_of(folder: Path, field: str) -> Path | str:
+    """The model under a folder's adapters: a folder, or a hub id.
+
+    Raises:
+        UserError: the settings name none, or one that is not there.
+    """
+    where = f"{field}={str(folder)!r}"
+    try:
+        name = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: damaged {SETTINGS} ({type(error).__name__}): use another checkpoint") from None
+    if not name:
+        raise UserError(f"{where}: {SETTINGS} does not say which model its adapters belong to: set base_model_name_or_path")
+    recorded = ((read_manifest(folder) or {}).get("parent") or {}).get("checkpoint")
+    places = [folder / name, Path(name), *([Path(recorded)] if recorded else [])]
+    for place in places:
+        if place.resolve() != folder.resolve() and (is_adapter(place) or (place / "config.json").is_file()):
+            return place
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:  # no hub id looks like this
+        looked = ", ".join(dict.fromkeys(map(str, places)))
+        raise UserError(f"{where}: the model under its adapters is not there (looked for {looked}): put it back")
+    return name
+
+
+def check_base(folder: Path, weights: str, base: Path | str, field: str) -> None:
+    """Compare the hash of the base's weights with what the manifest of one of our folders says; other folders say nothing.
+
+    Raises:
+        UserError: they differ.
+    """
+    wanted = adapter_section(folder).get("base_weights")
+    if wanted not in (None, weights):
+        raise UserError(
+            f"{field}={str(folder)!r}: the model under its adapters, {base}, is not what they were trained on: the hash of its "
+            f"weights is {weights}, and was {wanted}: put that model back"
+        )
+
+
+def adapter_section(folder: Path) -> dict[str, Any]:
+    """What the manifest of one of our folders says of the model under its adapters; {} for any other folder."""
+    return (read_manifest(folder) or {}).get("adapter") or {}
+
+
+def merge(base: PreTrainedModel, folder: Path, field: str) -> PreTrainedModel:
+    """The base with the adapters of a folder added to its weights, in the type of these: a plain model again.
+
+    Where training saw the base in 4 bits, they are added to what these 4 bits say: that is the model that was trained.
+
+    Raises:
+        UserError: not safetensors, not made for this base, or of a kind that is no change of weights.
+    """
+    where = f"{field}={str(folder)!r}"
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{where}: no {WEIGHTS} is there; adapters in other files (pickles) are not loaded")
+    if adapter_section(folder).get("quantize") is not None:
+        from modern_llm.models.nf4 import round_to_nf4_
+
+        round_to_nf4_(base)
+    with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws weights before it has read them
+        warnings.simplefilter("ignore")
+        try:
+            merged = _merged(base, folder)
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{where}: these adapters do not fit the model under them: {reason}") from None
+    if (folder / GENERATION).is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return merged.requires_grad_(True)
+
+
+def _merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel
+
+    settings = PeftConfig.from_pretrained(str(folder))
+    if settings.is_prompt_learning:
+        raise ValueError(f"{settings.peft_type} is no change of weights")
+    wrapped = PeftModel(base, settings, NAME)
+    result = wrapped.load_adapter(str(folder), NAME, torch_device="cpu")
+    strangers = [*result.missing_keys, *result.unexpected_keys]
+    if strangers:
+        raise ValueError(f"{strangers[0]} has no counterpart")
+    tables = (base.get_input_embeddings(), base.get_output_embeddings())
+    if getattr(base.config, "tie_word_embeddings", False) and any(hasattr(table, "base_layer") for table in tables):
+        raise ValueError("the head shares its weights with the embeddings, and one of them has an adapter")
+    return wrapped.merge_and_unload(safe_merge=True)  # type: ignore[return-value]

@@ -1,0 +1,251 @@
+"""What training holds in memory, by part, from shapes alone; and what memory there is.
+
+Activations are counted for a decoder layer as in Qwen3 (RMSNorm, QK-norm, SwiGLU), which keeps more than most: other families
+come out a little high. Where steps may be measured, `report.plan` puts the measurement in their place.
+
+Legend: T tokens of a micro-batch, R positions of it that predict, d hidden size, q and k width of all query and all key heads,
+f width of the feed-forward layer (of all experts that a token is sent to), V words, L layers.
+"""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from modern_llm.config import TrainingConfig
+from modern_llm.layout import PackedRow
+from modern_llm.losses import summed_nll, token_logprobs
+from modern_llm.models.grids import LONG, lay_grids
+from modern_llm.training.optim import ParameterGroups
+
+Bytes = dict[str, int]
+"""Part → bytes, adding up to the whole."""
+
+SMALLEST_8BIT = 4096
+"""bitsandbytes 0.50 keeps the state of smaller tensors in fp32."""
+QUANTIZED_BLOCK = 256
+"""Values of an 8-bit state that share an fp32 scale."""
+
+
+KERNEL_BYTES = 650_000
+"""What oneDNN keeps for each new shape of a bf16 product on a CPU. Measured with torch 2.13 (0.62 to 0.66 MiB, whatever the
+size); in fp32 it keeps nothing."""
+MOST_KERNEL_BYTES = 1_150_000_000
+"""Where that ends, after some 2,000 shapes: it forgets the oldest. `ONEDNN_PRIMITIVE_CACHE_CAPACITY` lowers it."""
+PRODUCTS = {"tokens": 12, "predicted": 3, "grid": 3}
+"""Shapes of products that come with a new number of tokens (a layer's matrices, forward and backward), a new number of
+predicted positions, and a new grid of the attention."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through the model at once, and how often."""
+
+    tokens: int
+    """T of the largest micro-batch."""
+    predicted: int
+    """R of it."""
+    longest: int
+    """Tokens of the longest sequence."""
+    several: bool
+    """Whether a step has several micro-batches, so that gradients are there while the next one runs."""
+    pairs: bool
+    """Whether each token's log-prob is asked for (preference training), and not just their sum."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Memory in bytes: of the GPU, else of this computer or the container's share of it."""
+
+    total: int
+    available: int
+    """Not in use by anything at the time."""
+
+
+def machine_memory(device: torch.device) -> Machine:
+    """What there is, and what is free now."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Machine(total, free)
+    table = Path("/proc/meminfo")
+    if not table.is_file():
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Machine(total, total)
+    lines = dict(line.split(":", 1) for line in table.read_text(encoding="utf-8").splitlines())
+    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+        available = min(available, int(text) - int(used.read_text()))
+    return Machine(total, available)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; at its largest so far where the system does not tell."""
+    table = Path("/proc/self/statm")
+    if table.is_file():
+        return int(table.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Memory of this process at its largest so far."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+class Kernels:
+    """Counts the shapes of products that a run has met."""
+
+    def __init__(self, precision: torch.dtype, device: torch.device) -> None:
+        self.kept = precision.itemsize == 2 and device.type == "cpu"
+        self.seen: set[tuple[str, Any]] = set()
+
+    def add(self, row: PackedRow) -> None:
+        """A micro-batch."""
+        if self.kept:
+            grids = {("grid", tuple(shape)) for shape in lay_grids(row).shapes.tolist()}
+            self.seen |= {("tokens", row.num_tokens), ("predicted", row.num_scored), *grids}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of their kernels."""
+        return min(sum(PRODUCTS[kind] for kind, _ in self.seen) * KERNEL_BYTES, MOST_KERNEL_BYTES)
+
+
+class Estimate:
+    """Memory of one stage, from the shapes of its model; nothing is run."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TrainingConfig,
+        precision: torch.dtype,
+        process: int,
+        kernels: int,
+        reference: bool,
+    ):
+        """
+        Args:
+            model: the model that is trained, on any device; on `meta` it takes no memory.
+            config: resolved.
+            precision: type of matrix products.
+            process: bytes of the process before there is a model.
+            kernels: bytes of the kernels for the shapes of all products.
+            reference: whether a second model stays in memory.
+        """
+        self.config, self.precision = config, precision
+        self.shape = model.config.get_text_config()
+        groups = ParameterGroups(model)
+        sizes = {group: [p.numel() for p in found.values()] for group, found in groups.named.items()}
+        trained = sum(map(sum, sizes.values()))
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+        self.matrices = sum(sizes["matrices"]) + sum(sizes["experts"])
+        head = model.get_output_embeddings()
+        assert head is not None, "a causal language model has an output projection"
+        self.vocabulary, self.hidden = head.weight.shape  # type: ignore[union-attr, misc]
+        self.head_learns = bool(head.weight.requires_grad)  # type: ignore[union-attr]
+        self.held: Bytes = {
+            "process": process,
+            "kernels": kernels,
+            "weights": weights,
+            "gradients": 0 if config.optimizer_in_backward else 4 * trained,
+            "optimizer": optimizer_bytes(str(config.optimizer), sizes),
+            "average": 0 if config.ema_decay is None else 4 * trained,
+            "reference": weights if reference else 0,
+        }
+
+    def layer_bytes(self, load: Load) -> int:
+        """What one layer keeps of a micro-batch from its forward to its backward pass."""
+        c = self.shape
+        heads = c.num_attention_heads
+        width = getattr(c, "head_dim", None) or self.hidden // heads
+        q, k = heads * width, (getattr(c, "num_key_value_heads", None) or heads) * width
+        f = getattr(c, "moe_intermediate_size", None) or getattr(c, "intermediate_size", None) or 4 * self.hidden
+        f *= getattr(c, "num_experts_per_tok", None) or 1
+        # in bf16 the norms keep fp32, and each of q, k, v, gate and up keeps its own bf16 copy of what goes in
+        per_token = (
+            26 * self.hidden + 10 * q + 10 * k + 8 * f
+            if self.precision.itemsize == 2
+            else 24 * self.hidden + 16 * q + 16 * k + 16 * f
+        )
+        on_cpu = not torch.cuda.is_available()
+        weights_kept = self.config.attention == "eager" or (on_cpu and self.config.attention == "auto" and load.longest <= LONG)
+        attention = load.tokens * load.longest * heads * self.precision.itemsize if weights_kept else 0
+        return per_token * load.tokens + attention
+
+    def activation_bytes(self, load: Load) -> int:
+        """What the body keeps of a micro-batch, what one layer works with, and the bf16 copies of weights."""
+        layers, layer = self.shape.num_hidden_layers, self.layer_bytes(load)
+        recomputed = 0
+        if self.config.gradient_checkpointing:
+            recomputed = round(layers * (self.config.checkpointed_share or 1.0))
+        kept = (layers - recomputed) * layer + recomputed * 4 * self.hidden * load.tokens
+        copies = 2 * self.matrices if self.precision.itemsize == 2 else 0
+        return kept + layer + copies
+
+    def head_bytes(self, load: Load) -> int:
+        """What the output projection and the log-probs work with."""
+        row, size = self.vocabulary * self.precision.itemsize, self.precision.itemsize
+        if load.pairs:
+            all_kept = size == 2 and load.predicted * row <= token_logprobs.KEPT_BYTES
+            chunk = load.predicted if all_kept else token_logprobs.CHUNK_ELEMENTS // self.vocabulary
+        else:
+            chunk = summed_nll.CHUNK_BYTES // row
+        chunk = min(load.predicted, max(1, chunk))
+        scratch = 4 * min(chunk * self.vocabulary, token_logprobs.CACHED_ELEMENTS)
+        weight = self.vocabulary * self.hidden
+        copy = weight * size if size == 2 else 0
+        gradient = 4 * weight if self.head_learns else 0
+        return chunk * row + scratch + copy + gradient + 12 * load.predicted * self.hidden
+
+    def during_pass(self, load: Load, factor: float = 1.0) -> Bytes:
+        """At the highest point of a micro-batch's forward and backward pass.
+
+        Args:
+            load: the micro-batch.
+            factor: how many times their estimate the activations were, where they were measured.
+        """
+        held, head = dict(self.held), self.head_bytes(load)
+        if self._peaks_with_gradients(load):
+            return {**held, "activations": round(factor * self.layer_bytes(load)), "head": 0}
+        if not load.several:
+            held["gradients"] = 0  # they come while activations go
+        return {**held, "activations": round(factor * self.activation_bytes(load)), "head": head}
+
+    def factor(self, load: Load, peak: int) -> float:
+        """How many times their estimate the activations were in a run whose memory was `peak` at its largest."""
+        parts = self.during_pass(load)
+        activations = parts.pop("activations")
+        return max(0.0, peak - sum(parts.values())) / activations
+
+    def _peaks_with_gradients(self, load: Load) -> bool:
+        """Whether the gradients that the only micro-batch of a step leaves behind are more than all it needed before."""
+        return not load.several and self.activation_bytes(load) + self.head_bytes(load) < self.held["gradients"]
+
+    def during_checkpoint(self) -> Bytes:
+        """While a checkpoint to resume from is written: its training state is copied first."""
+        return {**self.held, "checkpoint": self.held["optimizer"] + self.held["average"]}
+
+
+def optimizer_bytes(optimizer: str, sizes: dict[Any, list[int]]) -> int:
+    """State of an optimizer: two fp32 moments (AdamW), one (Muon, RMSprop), or two of 8 bits with a scale for every 256.
+
+    Args:
+        optimizer: as in `TrainingConfig`.
+        sizes: group → entries of each of its parameters.
+    """
+    total = 0
+    for group, entries in sizes.items():
+        for count in entries:
+            if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+                total += 2 * count + 8 * -(-count // QUANTIZED_BLOCK) if count >= SMALLEST_8BIT else 8 * count
+            else:
+                one = optimizer == "rmsprop" or (optimizer == "muon" and group == "matrices")
+                total += (4 if one else 8) * count
+    return total

@@ -1,0 +1,242 @@
+"""A few optimizer steps of a stage, for real: its own function on the first rows of its own data, in a folder that goes away.
+
+They run in a process of their own (`python -m modern_llm.report.rehearsal`), so that its memory is that of such a run and of
+nothing else, and a run that does not fit takes nothing with it.
+"""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modern_llm import distributed
+from modern_llm.config import StrictModel, TrainingConfig, UserError, resolve
+from modern_llm.config.commands import DPOArguments, PretrainArguments, SFTArguments
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.training import Stage
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.instruction_datasets import prepare_instructions
+from modern_llm.data.lm_datasets import prepare_documents
+from modern_llm.data.loader import steps
+from modern_llm.data.preference_datasets import prepare_preferences
+from modern_llm.data.prepared import PreparedData
+from modern_llm.data.store import CACHE_VARIABLE
+from modern_llm.data.tokenizer import TextEncoder, load_tokenizer
+from modern_llm.layout import PackedRow
+from modern_llm.limits import matmul_limit
+from modern_llm.precision import choose_precision
+from modern_llm.report.memory import Kernels, peak_resident_bytes, resident_bytes
+from modern_llm.training.train_dpo import run_dpo
+from modern_llm.training.train_lm import run_training
+from modern_llm.training.train_sft import run_sft
+
+KINDS: dict[Stage, type[BaseModel]] = {"pretrain": PretrainArguments, "sft": SFTArguments, "dpo": DPOArguments}
+FOUND = "rehearsed "
+"""Begins the line that a rehearsal answers with."""
+NEVER = 10**9
+
+
+class RehearsalTooLargeError(Exception):
+    """The system stopped a rehearsal."""
+
+
+class Rehearsed(StrictModel):
+    """What some optimizer steps took."""
+
+    process_bytes: int
+    """Memory of the process before it had a model."""
+    kernel_bytes: int
+    """Of the kernels for the shapes that its products had."""
+    peak_bytes: int
+    """Memory at its largest: of the process, or of the GPU."""
+    largest_tokens: int
+    """Tokens of the largest micro-batch."""
+    several: bool
+    """Whether a step had several micro-batches."""
+    tokens_per_second: float
+    """Of the measured steps."""
+    flops_per_second: float
+    """Needed FLOPs, of the measured steps."""
+    opening_seconds: float
+    """From the call of the stage function to its first step, with what the first steps take longer than the others."""
+    saving_seconds: float
+    """For the final checkpoint."""
+    checkpoint_bytes: int
+    """Size of it."""
+
+
+def arguments_for_rehearsal(
+    arguments: BaseModel, train: TrainingConfig, data: DatasetConfig, rows: int, folder: Path, num_steps: int, batch_size: int
+) -> dict[str, Any]:
+    """A stage's arguments for `2 · num_steps` optimizer steps on the first rows of its data.
+
+    Args:
+        arguments: of the stage.
+        train: resolved; what it sets besides length and folder stays.
+        data: the stage's data set.
+        rows: of each source.
+        folder: where it may write.
+        num_steps: the first half warms up, the second half is measured.
+        batch_size: sequences or pairs of a step.
+    """
+    short = {
+        "batch_size": batch_size, "gradient_accumulation_steps": None, "max_steps": 2 * num_steps, "num_epochs": None,
+        "warmup_steps": 0, "log_every": num_steps, "save_every": NEVER, "eval_every": None, "report_to": (), "run_name": None,
+        "output_dir": folder / "run", "dataset_name": None,
+    }  # fmt: skip
+    sources = {
+        name: source.model_copy(update={"max_rows": min(rows, source.max_rows or rows)})
+        for name, source in data.sources().items()
+    }
+    sample = data.model_copy(update={"dataset_name": sources, "max_rows": None, "eval_split": None, "eval_fraction": 0.0})
+    field = "preference_config" if isinstance(arguments, DPOArguments) else "dataset_config"
+    changed = arguments.model_copy(update={"train_config": train.model_copy(update=short), field: sample})
+    return changed.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def rehearse(stage: Stage, arguments: dict[str, Any], folder: Path) -> Rehearsed:
+    """Run a stage in a process of its own.
+
+    Args:
+        stage: which.
+        arguments: from `arguments_for_rehearsal`.
+        folder: for all that it writes; the final checkpoint is `run/<stage>_final` in it.
+
+    Raises:
+        UserError: what the run itself would raise.
+        RehearsalTooLargeError: the system stopped the process.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    environment[CACHE_VARIABLE] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, "-m", "modern_llm.report.rehearsal", stage],
+        input=json.dumps(arguments), env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode == -9 or "torch.OutOfMemoryError" in done.stderr or "not enough memory" in done.stderr:
+        raise RehearsalTooLargeError
+    if done.returncode == 2:
+        raise UserError(done.stderr.strip().removeprefix("error: "))
+    if done.returncode:
+        raise RuntimeError(f"the rehearsal of {stage} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith(FOUND))
+    return Rehearsed.model_validate_json(line.removeprefix(FOUND))
+
+
+def _perform(stage: Stage, arguments: Any) -> Rehearsed:
+    """What the process does."""
+    train: TrainingConfig = arguments.train_config
+    device = distributed.device()
+    precision, _ = choose_precision(train.mixed_precision, device)
+    limit = matmul_limit(device, precision)
+    _load_code(arguments)
+    process = resident_bytes()
+    began = time.time()
+    if stage == "pretrain":
+        final = run_training(arguments.model, train, arguments.dataset_config, arguments.tokenizer_name)
+    elif stage == "sft":
+        final = run_sft(arguments.pretrain_checkpoint, train, arguments.dataset_config, arguments.tokenizer_name)
+    else:
+        final = run_dpo(
+            arguments.sft_checkpoint, train, arguments.dpo_config, arguments.preference_config, arguments.tokenizer_name
+        )
+    ended = time.time()
+    peak = peak_resident_bytes()
+    if device.type == "cuda":
+        process, peak = 0, torch.cuda.max_memory_reserved(device)
+    assert train.output_dir is not None
+    lines = [json.loads(line) for line in (train.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    warm, measured = [line for line in lines if "tokens_per_second" in line][-2:]
+    rows = _rows(stage, arguments, train, final)
+    kernels = Kernels(precision, device)
+    for row in itertools.chain(*rows):
+        kernels.add(row)
+    seconds = sum(row.num_tokens for row in itertools.chain(*rows[len(rows) // 2 :])) / measured["tokens_per_second"]
+    return Rehearsed(
+        process_bytes=process,
+        kernel_bytes=kernels.num_bytes,
+        peak_bytes=peak,
+        largest_tokens=max(row.num_tokens for row in itertools.chain(*rows)),
+        several=max(map(len, rows)) > 1,
+        tokens_per_second=measured["tokens_per_second"],
+        flops_per_second=measured["mfu"] * limit,
+        opening_seconds=max(0.0, warm["time"] - began - seconds),
+        saving_seconds=ended - measured["time"],
+        checkpoint_bytes=sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
+    )
+
+
+def _load_code(arguments: Any) -> None:
+    """Import what the model's class needs, so that it counts as the process and not as the model."""
+    if isinstance(arguments, PretrainArguments):
+        config = AutoConfig.for_model(arguments.model.architecture)
+    else:
+        config = AutoConfig.from_pretrained(
+            arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint
+        )
+    AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined] - importing is all it does
+
+
+def _rows(stage: Stage, arguments: Any, train: TrainingConfig, final: Path) -> list[list[PackedRow]]:
+    """Every micro-batch of every step: a pure function of the data and the seed."""
+    data = prepare(stage, arguments, final)
+    config = resolve(train, stage, 1, data.train.epoch_size)
+    assert config.batch_size is not None
+    assert config.max_steps is not None
+    batches = steps(
+        data.train, config.batch_size, config.micro_batch_size, config.seed, micro_batch_tokens=config.micro_batch_tokens
+    )
+    return [[b.row for b in batch.micro_batches] for _, batch in zip(range(config.max_steps), batches, strict=False)]
+
+
+def prepare(stage: Stage, arguments: Any, tokenizer_from: Path | str) -> PreparedData:
+    """The data of a stage, as its function prepares it.
+
+    Args:
+        stage: which.
+        arguments: of the stage, with a data set.
+        tokenizer_from: a folder or hub id with the tokenizer.
+    """
+    tokenizer = load_tokenizer(tokenizer_from)
+    if isinstance(arguments, PretrainArguments):
+        data = arguments.dataset_config
+        assert data is not None
+        return prepare_documents(
+            data, TextEncoder(tokenizer), data.max_length or arguments.model.max_seq_len, arguments.train_config.seed
+        )
+    if isinstance(arguments, SFTArguments):
+        assert arguments.dataset_config is not None
+        return prepare_instructions(arguments.dataset_config, ChatEncoder(tokenizer))
+    assert isinstance(arguments, DPOArguments)
+    assert arguments.preference_config is not None
+    return prepare_preferences(arguments.preference_config, arguments.dpo_config, ChatEncoder(tokenizer))
+
+
+def rows_for(examples: int, data: PreparedData, sources: Sequence[str]) -> int:
+    """Rows of each source that surely hold so many examples."""
+    rows, there = data.report.get("rows_read", 0), data.report.get("examples", 0)
+    return math.ceil(1.5 * examples * max(1.0, rows / max(there, 1)) / len(sources)) + 8
+
+
+def main() -> None:
+    """`python -m modern_llm.report.rehearsal STAGE`, with the arguments as JSON on standard input."""
+    stage: Stage = sys.argv[1]  # type: ignore[assignment]
+    try:
+        found = _perform(stage, KINDS[stage].model_validate_json(sys.stdin.read()))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(FOUND + found.model_dump_json())
+
+
+if __name__ == "__main__":
+    main()

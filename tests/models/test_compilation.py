@@ -1,0 +1,107 @@
+"""`torch.compile` of the decoder layers: the same numbers, decided aloud, and never silently something else."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_loop, random_examples, snapshot, tiny_model
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from modern_llm.config import UserError
+from modern_llm.models.compilation import compile_layers
+from modern_llm.models.policy import Policy
+
+LONG_RUN, SHORT_RUN = 1e6, 10.0
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What a compiled policy sets for the whole process is put back."""
+    with (
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False),
+        torch.fx.experimental._config.patch(use_duck_shape=True),  # type: ignore[attr-defined]
+    ):
+        yield
+    torch._dynamo.reset()
+
+
+def is_compiled(policy: Policy) -> bool:
+    return any(module._compiled_call_impl is not None for module in policy.modules())
+
+
+def test_auto_says_why_a_short_run_is_not_compiled(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = Policy(tiny_model(tokenizer))
+    assert compile_layers(policy, "auto", SHORT_RUN) == "compile: off (auto: about 10 s of training, and it pays from 900 s on)"
+    assert not is_compiled(policy)
+    assert not policy.compiled
+
+
+def test_auto_compiles_a_long_run_and_off_never(tokenizer: PreTrainedTokenizerFast) -> None:
+    policy = Policy(tiny_model(tokenizer))
+    assert compile_layers(policy, "off", LONG_RUN) == "compile: off"
+    assert not is_compiled(policy)
+    assert compile_layers(policy, "auto", LONG_RUN).startswith("compile: on (auto: about 16667 minutes of training)")
+    assert is_compiled(policy)
+    assert policy.compiled
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention", "reason"),
+    [("qwen3_moe", "auto", "experts"), ("qwen3", "sdpa", "attention='auto'")],
+)
+def test_what_cannot_be_compiled_is_named(
+    architecture: Any, attention: Any, reason: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    policy = Policy(tiny_model(tokenizer, architecture=architecture), attention)
+    assert reason in compile_layers(policy, "auto", LONG_RUN)
+    assert not is_compiled(policy)
+    with pytest.raises(UserError, match="compile='on' cannot be"):
+        compile_layers(policy, "on", SHORT_RUN)
+
+
+def test_without_a_compiler_auto_says_so_and_on_is_refused(tmp_path: Path) -> None:
+    """In a process of its own, because torch remembers the compiler that it found."""
+    code = """
+from modern_llm.config import UserError
+from modern_llm.models.compilation import compile_layers
+from modern_llm.models.policy import Policy
+from transformers import AutoModelForCausalLM, Qwen3Config
+shape = Qwen3Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                    head_dim=8, intermediate_size=16)
+policy = Policy(AutoModelForCausalLM.from_config(shape))
+print(compile_layers(policy, "auto", 1e6))
+try:
+    compile_layers(policy, "on", 1e6)
+except UserError as error:
+    print(error)
+"""
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "PATH": str(Path(sys.executable).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    auto, on = done.stdout.splitlines()
+    assert auto == "compile: off (auto: no C++ compiler was found (install g++, or name one by the environment variable CXX))"
+    assert on.startswith("compile='on' cannot be: no C++ compiler")
+
+
+def test_compiled_layers_train_as_the_others_do(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Weights after three steps over rows of changing layout, in fp32; built by the compiler for real."""
+
+    def trained(wanted: Any) -> dict[str, Tensor]:
+        loop = make_loop(
+            tiny_model(tokenizer, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1),
+            random_examples([9, 4, 30, 2, 17, 8, 8, 2, 25, 3, 12, 6]), folder=tmp_path / wanted, batch_size=4, micro_batch_size=2, max_steps=3, learning_rate=1e-2,
+        )  # fmt: skip
+        note = compile_layers(loop.policy, wanted, LONG_RUN)
+        assert ("on" in note) == (wanted == "on")
+        loop.run()
+        return snapshot(loop.policy.model)  # type: ignore[arg-type]
+
+    compiled, plain = trained("on"), trained("off")
+    assert compiled.keys() == plain.keys(), "names in a checkpoint stay those of the model"
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
