@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-head check format docs clean
+.PHONY: quickstart test test-slow bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-head bench-plan check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -48,6 +48,9 @@ bench-scaling: .venv/.installed  ## cost at 1×, 4× and 16× the rows, with ARG
 
 bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, plain; the last line is JSON
 	$(BIN)/python experiments/benchmarks/head/run.py
+
+bench-plan: .venv/.installed  ## memory and time as `plan` foresees them, against five runs; the last line is JSON
+	$(BIN)/python experiments/benchmarks/plan/run.py $(ARGS)
 
 check: .venv/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

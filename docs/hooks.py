@@ -55,7 +55,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def config_classes() -> list[type[BaseModel]]:
     """Every config class, outer ones first."""
     found: dict[type[BaseModel], None] = dict.fromkeys(FILES)
-    waiting = list(FILES)
+    waiting: list[type[BaseModel]] = list(FILES)
     while waiting:
         for field in waiting.pop(0).model_fields.values():
             for inner in _classes_in(field.annotation):

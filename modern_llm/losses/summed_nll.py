@@ -27,8 +27,8 @@ from modern_llm.losses.token_logprobs import (
     scratch_for,
 )
 
-CHUNK_BYTES = 2**26
-"""Bytes of a chunk's logits: in bf16, 640 positions of 50,257 words. Each chunk is a pass over the weight's fp32 gradient."""
+CHUNK_BYTES = 2**27
+"""Bytes of a chunk's logits: in bf16, 1,280 positions of 50,257 words. Each chunk is a pass over the weight's fp32 gradient."""
 
 
 class NllSums(NamedTuple):
@@ -122,7 +122,9 @@ class _Gradients:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, accumulate: torch.dtype, learns: tuple[bool, bool, bool]
     ) -> None:
         self.hidden = torch.empty_like(hidden, dtype=accumulate) if learns[0] else None
-        self.weight = torch.zeros_like(weight, dtype=accumulate) if learns[1] else None
+        self.weight = torch.empty_like(weight, dtype=accumulate) if learns[1] else None
+        if self.weight is not None and not len(hidden):
+            self.weight.zero_()  # else the first chunk writes it
         self.bias = torch.zeros_like(bias, dtype=accumulate) if learns[2] and bias is not None else None
 
     def add(
@@ -134,9 +136,10 @@ class _Gradients:
         if self.weight is not None:
             scaled = (hidden[rows] * factors[:, None]).to(exponentials.dtype)
             if self.weight.dtype == exponentials.dtype:
-                self.weight.addmm_(exponentials.T, scaled)
+                self.weight.addmm_(exponentials.T, scaled, beta=1 if rows.start else 0)
             else:  # bf16 partial sums would lose the small ones
-                self.weight += (exponentials.T @ scaled)[: len(self.weight)]
+                product = (exponentials.T @ scaled)[: len(self.weight)]
+                self.weight = self.weight.add_(product) if rows.start else self.weight.copy_(product)
         if self.bias is not None:
             self.bias += (exponentials.T @ factors[:, None].to(exponentials.dtype))[: len(self.bias), 0]
 

@@ -162,19 +162,21 @@ def exponentials_in_place(
         The target's logit, the highest logit, Σ e, and Σ e² or None; each (chunk,) in the scratch's type.
     """
     logits = logits[:, : scratch.shape[1]]
+    in_place = logits.dtype == scratch.dtype
     at_target, highest, sums = (scratch.new_empty(len(logits)) for _ in range(3))
     squares = scratch.new_empty(len(logits)) if collisions else None
     for part in pieces(len(logits), max(len(scratch), 1)):
-        exact = scratch[: part.stop - part.start].copy_(logits[part])
+        mine = scratch[: part.stop - part.start]
+        exact = logits[part] if in_place else mine.copy_(logits[part])
         if bias is not None:
             exact.add_(bias)
         at_target[part] = exact.gather(1, targets[part, None]).squeeze(1)
         highest[part] = exact.amax(1)
         sums[part] = exact.sub_(highest[part, None]).exp_().sum(1)
-        if keep:
+        if keep and not in_place:
             logits[part] = exact
         if squares is not None:
-            squares[part] = exact.square_().sum(1)
+            squares[part] = torch.mul(exact, exact, out=mine).sum(1)
     return at_target, highest, sums, squares
 
 
@@ -193,10 +195,13 @@ def _exponentials(
         # fresh memory costs more here than arithmetic: the product goes where the last one was
         logits = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=buffer[: rows.stop - rows.start])
         for part in pieces(len(logits), len(scratch)):
-            exact = scratch[: part.stop - part.start].copy_(logits[part, :vocab])
+            ours = logits[part, :vocab]
+            exact = ours if ours.dtype == scratch.dtype else scratch[: part.stop - part.start].copy_(ours)
             if bias is not None:
                 exact.add_(bias)
-            logits[part, :vocab] = exact.sub_(normalizers[rows][part, None]).exp_()
+            exact.sub_(normalizers[rows][part, None]).exp_()
+            if exact is not ours:
+                ours.copy_(exact)
         yield rows, logits
 
 

@@ -38,8 +38,9 @@ size); in fp32 it keeps nothing."""
 MOST_KERNEL_BYTES = 1_150_000_000
 """Where that ends, after some 2,000 shapes: it forgets the oldest. `ONEDNN_PRIMITIVE_CACHE_CAPACITY` lowers it."""
 PRODUCTS = {"tokens": 12, "predicted": 3, "grid": 3}
+PRODUCTS_FORWARD = {"tokens": 4, "predicted": 1, "grid": 2}
 """Shapes of products that come with a new number of tokens (a layer's matrices, forward and backward), a new number of
-predicted positions, and a new grid of the attention."""
+predicted positions, and a new grid of the attention; and those of the forward pass alone."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,22 @@ class Kernels:
 
     def __init__(self, precision: torch.dtype, device: torch.device) -> None:
         self.kept = precision.itemsize == 2 and device.type == "cpu"
-        self.seen: set[tuple[str, Any]] = set()
+        self.seen: dict[tuple[str, Any], int] = {}
+        """What a row brought, and how many shapes that was."""
 
-    def add(self, row: PackedRow) -> None:
-        """A micro-batch."""
-        if self.kept:
-            grids = {("grid", tuple(shape)) for shape in lay_grids(row).shapes.tolist()}
-            self.seen |= {("tokens", row.num_tokens), ("predicted", row.num_scored), *grids}
+    def add(self, row: PackedRow, trains: bool = True) -> None:
+        """A micro-batch; or a row that is only asked."""
+        if not self.kept:
+            return
+        products = PRODUCTS if trains else PRODUCTS_FORWARD
+        grids = [("grid", tuple(shape)) for shape in lay_grids(row).shapes.tolist()]
+        for key in [("tokens", row.num_tokens), ("predicted", row.num_scored), *grids]:
+            self.seen[key] = max(self.seen.get(key, 0), products[key[0]])
 
     @property
     def num_bytes(self) -> int:
         """Memory of their kernels."""
-        return min(sum(PRODUCTS[kind] for kind, _ in self.seen) * KERNEL_BYTES, MOST_KERNEL_BYTES)
+        return min(sum(self.seen.values()) * KERNEL_BYTES, MOST_KERNEL_BYTES)
 
 
 class Estimate:

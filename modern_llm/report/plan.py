@@ -24,6 +24,7 @@ from modern_llm.report.rehearsal import (
     RehearsalTooLargeError,
     Rehearsed,
     arguments_for_rehearsal,
+    asks_reference,
     prepare,
     rehearse,
     rows_for,
@@ -191,7 +192,7 @@ class _Planner:
         self.process = 0 if device.type == "cuda" else resident_bytes()
         self.kernels: dict[int | None, int] = {}
         """Micro-batch → bytes of the kernels that it leads to."""
-        self.asks_reference = stage == "dpo" and section.dpo.needs_reference and not section.dpo.sync_ref_model
+        self.asks_reference = stage == "dpo" and asks_reference(section.dpo)
         self.second_model = stage == "dpo" and (section.dpo.sync_ref_model or section.dpo.reference_checkpoint is not None)
 
     def plan(self, measure: bool, fit: bool) -> StagePlan:
@@ -222,7 +223,7 @@ class _Planner:
     def _estimate(self, config: TrainingConfig, kernels: int | None = None) -> Estimate:
         if kernels is None:
             if config.micro_batch_size not in self.kernels:
-                kernels = self.survey.kernel_bytes(config, self.precision, distributed.device())
+                kernels = self.survey.kernel_bytes(config, self.precision, distributed.device(), self.asks_reference)
                 self.kernels[config.micro_batch_size] = kernels
             kernels = self.kernels[config.micro_batch_size]
         return Estimate(self.model, config, self.precision, self.process, kernels, self.second_model)

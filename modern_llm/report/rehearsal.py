@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,21 @@ from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modern_llm import distributed
-from modern_llm.config import StrictModel, TrainingConfig, UserError, resolve
+from modern_llm.config import DPOConfig, StrictModel, TrainingConfig, UserError, resolve
 from modern_llm.config.commands import DPOArguments, PretrainArguments, SFTArguments
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
-from modern_llm.data.loader import steps
+from modern_llm.data.loader import micro_batches, steps
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.data.tokenizer import TextEncoder, load_tokenizer
 from modern_llm.layout import PackedRow
 from modern_llm.limits import matmul_limit
+from modern_llm.objectives.reference import PART, ROW_TOKENS
 from modern_llm.precision import choose_precision
 from modern_llm.report.memory import Kernels, peak_resident_bytes, resident_bytes
 from modern_llm.training.train_dpo import run_dpo
@@ -156,8 +157,12 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
     assert train.output_dir is not None
     lines = [json.loads(line) for line in (train.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     warm, measured = [line for line in lines if "tokens_per_second" in line][-2:]
-    rows = _rows(stage, arguments, train, final)
+    data = prepare(stage, arguments, final)
+    rows = _rows(stage, data, train)
     kernels = Kernels(precision, device)
+    if stage == "dpo" and asks_reference(arguments.dpo_config):
+        for row in reference_rows(data):
+            kernels.add(row, trains=False)
     for row in itertools.chain(*rows):
         kernels.add(row)
     seconds = sum(row.num_tokens for row in itertools.chain(*rows[len(rows) // 2 :])) / measured["tokens_per_second"]
@@ -186,9 +191,8 @@ def _load_code(arguments: Any) -> None:
     AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined] - importing is all it does
 
 
-def _rows(stage: Stage, arguments: Any, train: TrainingConfig, final: Path) -> list[list[PackedRow]]:
+def _rows(stage: Stage, data: PreparedData, train: TrainingConfig) -> list[list[PackedRow]]:
     """Every micro-batch of every step: a pure function of the data and the seed."""
-    data = prepare(stage, arguments, final)
     config = resolve(train, stage, 1, data.train.epoch_size)
     assert config.batch_size is not None
     assert config.max_steps is not None
@@ -219,6 +223,26 @@ def prepare(stage: Stage, arguments: Any, tokenizer_from: Path | str) -> Prepare
     assert isinstance(arguments, DPOArguments)
     assert arguments.preference_config is not None
     return prepare_preferences(arguments.preference_config, arguments.dpo_config, ChatEncoder(tokenizer))
+
+
+def asks_reference(dpo: DPOConfig) -> bool:
+    """Whether preference training asks a frozen reference for every pair before it begins."""
+    return dpo.needs_reference and not dpo.sync_ref_model
+
+
+def reference_rows(data: PreparedData, most: int = 2000) -> Iterator[PackedRow]:
+    """The rows in which the reference of preference training is asked, as `objectives.reference` packs them.
+
+    Args:
+        data: pairs.
+        most: of the first so many pairs.
+    """
+    assert isinstance(data.train, Sequence)
+    for start in range(0, min(len(data.train), most), PART):
+        part = [data.train[i] for i in range(start, min(start + PART, len(data.train)))]
+        part.sort(key=lambda example: -example.num_tokens)
+        for batch in micro_batches(part, None, ROW_TOKENS[distributed.device().type]):
+            yield batch.row
 
 
 def rows_for(examples: int, data: PreparedData, sources: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from modern_llm.models.adapters import add_adapter, keep_frozen_in
 from modern_llm.models.build import build_model
 from modern_llm.models.flops import TrainingCost
 from modern_llm.report.memory import MOST_KERNEL_BYTES, Kernels, Load
+from modern_llm.report.rehearsal import reference_rows
 
 SURVEYED = 4000
 """Examples that are looked at; of more, the first so many in the order of the first epoch."""
@@ -94,7 +95,7 @@ class Survey:
         if self.epoch_size is None:
             return batch_size * max_steps
         epochs, rest = divmod(max_steps, -(-self.epoch_size // batch_size))
-        return epochs * self.epoch_size + min(rest * batch_size, self.epoch_size)
+        return epochs * self.epoch_size + rest * batch_size
 
     def largest(self, micro_batch_size: int | None, accumulation: int, pairs: bool) -> Load:
         """The largest micro-batch that a run is likely to meet: of as many random ones as it has, always the same."""
@@ -107,8 +108,15 @@ class Survey:
             tokens, several = int(drawn.sum(1).max()), accumulation > 1
         return Load(tokens, round(tokens * self.predicted_share), self.longest, several, pairs)
 
-    def kernel_bytes(self, config: TrainingConfig, precision: torch.dtype, device: torch.device) -> int:
-        """Of the kernels that a run's products need: of its first micro-batches, and as many more as keep coming."""
+    def kernel_bytes(self, config: TrainingConfig, precision: torch.dtype, device: torch.device, asked: bool) -> int:
+        """Of the kernels that a run's products need: of its first micro-batches, and as many more as keep coming.
+
+        Args:
+            config: resolved.
+            precision: type of matrix products.
+            device: where.
+            asked: whether a reference is asked for every pair first.
+        """
         kernels = Kernels(precision, device)
         if not kernels.kept or self.epoch_size is None:
             return 0
@@ -128,6 +136,8 @@ class Survey:
             ),
             config.max_steps,
         )
+        for row in reference_rows(self.data) if asked else ():
+            kernels.add(row, trains=False)
         laid: list[int] = []
         looked = 0
         for batch in batches:

@@ -38,23 +38,24 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_finite = None if found_inf is None else found_inf == 0
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
             for parameters in _batches(learning):
                 momenta = [self._momentum(p) for p in parameters]
-                grads = [p.grad for p in parameters]
-                if found_inf is not None:  # 0 · NaN is NaN: values are put in place of it, not multiplied
-                    good = found_inf == 0
-                    grads = [torch.where(good, g, m) for g, m in zip(grads, momenta, strict=True)]  # m stays m
-                torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
-                updates = orthogonalized(torch.stack(torch._foreach_lerp(grads, momenta, MOMENTUM)))
+                grads = [p.grad for p in parameters if p.grad is not None]
+                if is_finite is not None:  # 0 · NaN is NaN: values are put in its place, not multiplied
+                    grads = [torch.where(is_finite, g, m) for g, m in zip(grads, momenta, strict=True)]  # m stays m
+                for momentum, grad in zip(momenta, grads, strict=True):
+                    momentum.lerp_(grad, 1 - MOMENTUM)
+                updates = orthogonalized(torch.stack([g.lerp(m, MOMENTUM) for g, m in zip(grads, momenta, strict=True)]))
                 rate = group["lr"] * max(1.0, parameters[0].shape[0] / parameters[0].shape[1]) ** 0.5
                 decay = 1 - group["lr"] * group["weight_decay"]
                 for parameter, update in zip(parameters, updates, strict=True):
-                    if found_inf is None:
+                    if is_finite is None:
                         parameter.mul_(decay).add_(update, alpha=-rate)
                     else:
-                        parameter.copy_(torch.where(good, parameter.mul(decay).add_(update, alpha=-rate), parameter))
+                        parameter.copy_(torch.where(is_finite, parameter.mul(decay).add_(update, alpha=-rate), parameter))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

@@ -133,10 +133,12 @@ class Optimizer:
         parameters = list(self.groups.all.values())
         if self.updates is not None:
             norm = self.updates.finish()
-        elif self.max_grad_norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            # a factor of 1 would cost a pass over all gradients; a GPU would have to be asked first
+            is_small = self.max_grad_norm is None or (norm.device.type == "cpu" and bool(norm <= self.max_grad_norm))
+            if self.max_grad_norm is not None and not is_small:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         return norm.to(self.device)  # of no gradients at all it is on the host
 
     def left_alone(self) -> list[str] | None:

@@ -162,7 +162,6 @@ def train_stage(
     }
     assert config.output_dir is not None
     assert config.run_name is not None
-    assert config.max_steps is not None
     _check_model(model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
     found = newest_checkpoint(config.output_dir, config.run_name, final, record)

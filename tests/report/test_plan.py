@@ -21,7 +21,7 @@ from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.loader import micro_batches, steps
 from modern_llm.models.build import load_model
 from modern_llm.models.flops import training_cost
-from modern_llm.models.policy import Policy
+from modern_llm.models.policy import Policy, vocabulary_rows
 from modern_llm.objectives import LanguageModelingObjective
 from modern_llm.precision import autocast
 from modern_llm.report import plan as planning
@@ -182,7 +182,7 @@ def kept(model, lengths: list[int], precision: torch.dtype) -> int:
     policy.train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found: dict[int, tuple[int, Tensor]] = {}
-    vocab = policy.model.get_output_embeddings().weight.shape[0]
+    vocab = vocabulary_rows(model)
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -45,7 +45,7 @@ from modern_llm.checkpoint import read_manifest, verify
 from modern_llm.cli import parse
 from modern_llm.config import UserError, resolve
 from modern_llm.config.commands import SFTArguments
-from modern_llm.models.build import load_model
+from modern_llm.models.build import load_model, start_hash
 from modern_llm.models.policy import Policy
 
 LORA = AdapterConfig(rank=4, alpha=8)
@@ -276,6 +276,17 @@ def test_a_run_on_adapters_is_found_again_and_refused_for_others(chain: Path, da
         dpo(tuned, data, out, adapter=AdapterConfig(rank=4, kind="dora"))
     with pytest.raises(UserError, match=r"parent\.weights"):
         dpo(tmp_path / "runs" / "pretrain" / "pretrain_final", data, out, adapter=adapter)
+
+
+def test_the_hash_of_a_start_with_adapters_does_not_depend_on_how_a_machine_rounds_sums(chain: Path) -> None:
+    tuned, manifest = chain / "sft" / "sft_final", read_manifest(chain / "dpo" / "dpo_final")
+    elsewhere = load_model(tuned)
+    with torch.no_grad():
+        for parameter in elsewhere.parameters():
+            parameter.mul_(1 + 1e-7)
+    assert manifest is not None
+    assert start_hash(tuned, elsewhere) == manifest["adapter"]["base_weights"] == manifest["start_weights"]
+    assert read_manifest(tuned)["weights"] == manifest["start_weights"]  # type: ignore[index]
 
 
 def test_full_training_from_adapters_leaves_a_plain_folder(chain: Path, data, tmp_path: Path) -> None:

@@ -99,6 +99,9 @@ def test_it_is_of_what_the_routers_did(architecture: str, tokenizer: PreTrainedT
         policy(batch.row)
     loss, _ = expert_balance([layer for layer in layers if layer], torch.tensor(batch.example_tokens))
     assert loss.tolist() == pytest.approx(wanted, rel=1e-4)
+    kept = list(layers)
+    policy(batch.row)
+    assert all(now is before for now, before in zip(layers, kept, strict=True)), "nothing is kept of other passes"
 
 
 def gradients(model: PreTrainedModel, folder: Path, **settings: Any) -> dict[str, Tensor]:

@@ -23,6 +23,9 @@ from modern_llm.data.lm_datasets import prepare_documents
 from modern_llm.data.tokenizer import TextEncoder, load_tokenizer
 from modern_llm.models.build import build_model
 
+ENOUGH = 10
+"""Characters of the text to a token that is needed: more than any tokenizer takes."""
+
 
 def pieces(text: str, tokenizer: PreTrainedTokenizerFast, length: int) -> Iterator[str]:
     """Stretches of the text that are exactly `length` tokens by themselves, from its beginning to its end and over again."""
@@ -52,12 +55,13 @@ def main() -> None:
     folder, size = Path(plan.folder), SIZES[plan.size]
     text = "\n\n".join(village_texts()) if plan.text is None else Path(plan.text).read_text(encoding="utf-8")
     name = plan.tokenizer if size.words is None else None
-    tokenizer = get_tokenizer(name, text.split("\n\n"), size.words)
+    tokenizer = get_tokenizer(name, None if plan.text is None else text.split("\n\n"), size.words)
     if tokenizer.chat_template is None:  # else ours would add ChatML's control tokens to it
         tokenizer.chat_template = chat_template("\n\nAnswer:", str(tokenizer.eos_token))
     tokenizer.save_pretrained(folder / "tokenizer")
-    found = pieces(text, tokenizer, size.max_length - 1)
-    texts = [next(found) for _ in range(plan.micro_batch * plan.steps)]
+    rows = plan.micro_batch * plan.steps
+    found = pieces(text[: ENOUGH * rows * size.max_length], tokenizer, size.max_length - 1)
+    texts = [next(found) for _ in range(rows)]
     model = make_model(folder, size, tokenizer)
     documents = write_documents(folder, texts)
     config = LanguageModelingDatasetConfig(dataset_name=str(documents), max_length=size.max_length)

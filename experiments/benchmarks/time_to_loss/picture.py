@@ -34,6 +34,7 @@ def draw(seeds: list[dict[str, Any]], path: Path, peer_name: str) -> None:
                 label=f"reaches the best loss of {peer_name}" if number == 0 else None,
             )  # fmt: skip
         axes.axhline(seed["target"], color=COLOURS["peer"], linewidth=0.6, linestyle=":")
+    axes.set_xlim(left=0)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("validation loss, nats per token")
     axes.spines[["top", "right"]].set_visible(False)
