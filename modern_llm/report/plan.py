@@ -363,8 +363,7 @@ class _Planner:
             "checkpoints": rehearsed.saving_seconds * (1 + self._periodic_checkpoints() * (1 + state)),
         }
         if self.asks_reference:
-            asked = (survey.epoch_size or 0) + survey.evaluated
-            found["reference"] = asked * survey.flops / 3 / rate / ranks
+            found["reference"] = rehearsed.reference_seconds * ((survey.epoch_size or 0) + survey.evaluated) / ranks
         return found
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -44,6 +45,8 @@ from modern_llm.training.train_sft import run_sft
 KINDS: dict[Stage, type[BaseModel]] = {"pretrain": PretrainArguments, "sft": SFTArguments, "dpo": DPOArguments}
 FOUND = "rehearsed "
 """Begins the line that a rehearsal answers with."""
+ASKED = re.compile(r"reference log-probs of (\d+) pairs in ([\d.]+) s")
+"""What preference training says of its reference."""
 NEVER = 10**9
 
 
@@ -70,6 +73,8 @@ class Rehearsed(StrictModel):
     """Needed FLOPs, of the measured steps."""
     opening_seconds: float
     """From the call of the stage function to its first step, with what the first steps take longer than the others."""
+    reference_seconds: float = 0.0
+    """For the reference's answers to one pair; 0 where none is asked."""
     saving_seconds: float
     """For the final checkpoint."""
     checkpoint_bytes: int
@@ -130,7 +135,13 @@ def rehearse(stage: Stage, arguments: dict[str, Any], folder: Path) -> Rehearsed
     if done.returncode:
         raise RuntimeError(f"the rehearsal of {stage} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith(FOUND))
-    return Rehearsed.model_validate_json(line.removeprefix(FOUND))
+    found = Rehearsed.model_validate_json(line.removeprefix(FOUND))
+    asked = ASKED.search(done.stdout)
+    if asked is None:
+        return found
+    pairs, seconds = int(asked[1]), float(asked[2])
+    opening = max(0.0, found.opening_seconds - seconds)
+    return found.model_copy(update={"reference_seconds": seconds / pairs, "opening_seconds": opening})
 
 
 def _perform(stage: Stage, arguments: Any) -> Rehearsed:

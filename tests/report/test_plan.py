@@ -163,6 +163,16 @@ def test_measured_steps_give_time_and_memory_and_leave_nothing_behind(
     assert json.loads(file.getvalue())["stages"][0]["steps"] == found.steps
 
 
+def test_the_reference_of_preference_training_is_measured_by_itself(
+    tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.0)
+    (found,) = plan(pipeline(tmp_path, start, "dpo", mixed_precision="fp32")).stages
+    assert "reference" in found.seconds
+    assert "reference" not in found.memory
+    assert "kernels" not in found.memory  # only bf16 products keep theirs
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "rmsprop", "adamw_8bit"])
 def test_the_optimizers_state_is_as_large_as_foreseen(optimizer: str, tmp_path: Path, tokenizer) -> None:
     model = tiny_model(tokenizer, d_model=64)
