@@ -141,7 +141,7 @@ def test_fit_takes_the_largest_micro_batch_that_divides_the_batch_and_fits(
 def test_measured_steps_give_time_and_memory_and_leave_nothing_behind(
     tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = pipeline(tmp_path, start)
+    config = pipeline(tmp_path, start, "dpo", mixed_precision="fp32")
     for name in ("scratch", "cache"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
@@ -150,27 +150,19 @@ def test_measured_steps_give_time_and_memory_and_leave_nothing_behind(
     whole = plan(config)
     (found,) = whole.stages
     assert found.not_measured is None
-    assert found.seconds.keys() == {"opening", "steps", "evaluations", "checkpoints"}
+    assert found.seconds.keys() == {"opening", "steps", "evaluations", "checkpoints", "reference"}
     assert found.seconds["steps"] > 0
     assert whole.seconds == sum(found.seconds.values())
     assert found.mfu is not None
     assert 0 < found.mfu < 2
+    assert "reference" not in found.memory  # its answers are kept, not its weights
+    assert "kernels" not in found.memory  # only bf16 products keep theirs
     assert found.memory["process"] > 100 * 2**20  # Python with torch
     assert sum(found.memory.values()) == found.peak_bytes
     assert sorted(tmp_path.rglob("*")) == before
     file = io.StringIO()
     show(whole, as_json=True, console=Console(file=file, width=20))
     assert json.loads(file.getvalue())["stages"][0]["steps"] == found.steps
-
-
-def test_the_reference_of_preference_training_is_measured_by_itself(
-    tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.0)
-    (found,) = plan(pipeline(tmp_path, start, "dpo", mixed_precision="fp32")).stages
-    assert "reference" in found.seconds
-    assert "reference" not in found.memory
-    assert "kernels" not in found.memory  # only bf16 products keep theirs
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "rmsprop", "adamw_8bit"])
