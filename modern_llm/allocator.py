@@ -14,8 +14,8 @@ the heap (8 layers of 384 channels, after 7 steps: 3.54 GiB with all blocks kept
 def keep_freed_memory() -> None:
     """From now on, memory that is freed stays with the process and is handed out again. Does nothing without glibc.
 
-    glibc gives much of it back to the system at once, which clears it before it hands it out the next time: every optimizer step
-    paid for its activations again.
+    glibc gives much of it back to the system at once, which clears it before it hands it out the next time: every optimizer
+    step paid for its activations again.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -94,7 +94,8 @@ def test_compiled_layers_train_as_the_others_do(tokenizer: PreTrainedTokenizerFa
     def trained(wanted: Any) -> dict[str, Tensor]:
         loop = make_loop(
             tiny_model(tokenizer, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1),
-            random_examples([9, 4, 30, 2, 17, 8, 8, 2, 25, 3, 12, 6]), folder=tmp_path / wanted, batch_size=4, micro_batch_size=2, max_steps=3, learning_rate=1e-2,
+            random_examples([9, 4, 30, 2, 17, 8, 8, 2, 25, 3, 12, 6]), folder=tmp_path / wanted,
+            batch_size=4, micro_batch_size=2, max_steps=3, learning_rate=1e-2,
         )  # fmt: skip
         note = compile_layers(loop.policy, wanted, LONG_RUN)
         assert ("on" in note) == (wanted == "on")

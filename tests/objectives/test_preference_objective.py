@@ -61,7 +61,7 @@ class Told:
     def __init__(self) -> None:
         self.logprobs = (-torch.arange(256) / 4).requires_grad_()
 
-    def __call__(self, row: Any, ask: EachToken = EachToken()) -> TokenScores:
+    def __call__(self, row: Any, ask: EachToken | None = None) -> TokenScores:
         return TokenScores(self.logprobs[row.targets], row.targets > 0, -row.targets / 8, row.targets / 2)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Shape = Literal["30M", "tiny", "0.5B"]
+Shape = Literal["30M", "tiny", "0.5B", "1.7B"]
 Precision = Literal["bf16", "fp32"]
 
 

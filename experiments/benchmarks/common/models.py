@@ -59,6 +59,12 @@ def config_of(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> PretrainedCon
             intermediate_size=4864, max_position_embeddings=32_768, tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **ends,
         )  # fmt: skip
+    if shape == "1.7B":
+        return Qwen3Config(
+            vocab_size=151_936, hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+            head_dim=128, intermediate_size=6144, max_position_embeddings=40_960, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, **ends,
+        )  # fmt: skip
     hidden, layers, heads, ffn = (32, 2, 2, 64) if shape == "tiny" else (384, 6, 6, 1024)
     words = 0 if shape == "tiny" else GPT2_WORDS
     return Qwen3Config(

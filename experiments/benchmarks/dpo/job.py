@@ -11,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 MAX_LENGTH = 512
 """Tokens of a prompt and one answer."""
 BETA = 0.1
+LORA_RANK, LORA_ALPHA = 16, 32
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Job:
     gpu: bool = False
     separate: bool = False
     """Ours: each answer is a sequence with its own prompt."""
+    lora: bool = False
+    """Low-rank adapters of rank `LORA_RANK` on every linear layer but the head, in place of all weights."""
     precompute: bool = False
     """TRL: the reference's log-probs are computed before the first step."""
     attention: str = "sdpa"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from common.ours import rows_of, watch
 from common.process import clock
-from job import BETA, MAX_LENGTH, Job, rates
+from job import BETA, LORA_ALPHA, LORA_RANK, MAX_LENGTH, Job, rates
 
-from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig
+from modern_llm.config import AdapterConfig, DPOConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.preference_datasets import StoredPairs, prepare_preferences
@@ -108,6 +108,7 @@ def train(job: Job) -> dict[str, Any]:
                 output_dir=Path(out), batch_size=job.micro_batch, micro_batch_size=job.micro_batch, max_steps=job.steps,
                 warmup_steps=0, learning_rate=job.learning_rate, mixed_precision=job.precision,
                 log_every=1 if job.task == "start" else 10,
+                adapter=AdapterConfig(rank=LORA_RANK, alpha=LORA_ALPHA) if job.lora else None,
             ),
             DPOConfig(beta=BETA, max_length=MAX_LENGTH),
             pairs_config(job, job.rows),

@@ -18,7 +18,8 @@ environment it holds for TRL too.
     matmul_limit_share       ours at a micro-batch of 32: needed arithmetic a second by what this machine can do (`flops.py`)
 
 `--lengths` adds ours with a prompt laid once for both answers against ours with the prompt laid twice. `--gpu` takes a model in
-the shape of Qwen2.5-0.5B. The last line is one JSON object.
+the shape of Qwen2.5-0.5B, and one of 1.7B parameters (Qwen3-1.7B) with LoRA on both sides; `--lora` adds LoRA elsewhere. The
+last line is one JSON object.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=8, help="pairs of a step")
     parser.add_argument("--quick", action="store_true", help="three steps, once")
     parser.add_argument("--lengths", action="store_true", help="also: a prompt laid once against twice, long and short")
+    parser.add_argument("--lora", action="store_true", help="also: both sides with low-rank adapters")
     parser.add_argument("--gpu", action="store_true", help="a 0.5B model on the first GPU")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and few words, to try the benchmark itself")
     parser.add_argument("--pairs", type=Path, help="HH-RLHF as .jsonl or .jsonl.gz. Left out: the built-in world's pairs")
@@ -206,9 +208,25 @@ def show(result: dict[str, Any], given: argparse.Namespace) -> None:
     if given.lengths:
         for name, (prompt, answer) in LENGTHS.items():
             print(f"{prompt} + {answer} tokens, the prompt once against twice: {result['lengths'][name]['rate_ratio']:.3f}")
-    if given.gpu:
-        print("1.7B with LoRA: not measured, for want of LoRA on our side")
+    if result["lora"] is not None:
+        mine, theirs = (result["lora"][side]["pairs_per_second"] for side in ("ours", "peer"))
+        ratios = f"ratio {result['lora']['rate_ratio']:.3f} with ours' reference, memory {result['lora']['memory_ratio']:.3f}"
+        print(f"with LoRA: {mine:.3f} against {theirs:.3f} pairs/s, {ratios}")
     print()
+
+
+def measure_lora(plan: Plan, job: Job, given: argparse.Namespace) -> dict[str, Any]:
+    """Both sides with low-rank adapters: on a GPU a model of 1.7B parameters, else the same one.
+
+    Adapters begin at random on each side, so losses after a step differ; the tokens and the first weights are compared above.
+    """
+    print("with LoRA")
+    if not given.gpu:
+        return measure(replace(job, lora=True), given.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        larger = replace(plan, folder=folder, shape="1.7B", lengths={})
+        made = run_side("rows", larger)
+        return {"model": made["model"], **measure(replace(job, folder=folder, lora=True), given.repeats)}
 
 
 def main() -> None:
@@ -237,7 +255,7 @@ def main() -> None:
             replace(job, rows="large", micro_batch=LARGE, steps=large_steps), given.repeats, made["model"], rows["large"]
         )
         result["lengths"] = measure_lengths(job, given.repeats) if given.lengths else None
-        result["lora_1.7B"] = None
+        result["lora"] = measure_lora(plan, job, given) if given.lora or given.gpu else None
         result |= {
             "equality": equality,
             "model": {"shape": plan.shape, **made["model"]},

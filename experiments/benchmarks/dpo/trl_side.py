@@ -10,7 +10,8 @@ import torch
 import transformers
 from common.process import clock
 from datasets import Dataset, disable_progress_bars
-from job import BETA, MAX_LENGTH, Job, rates
+from job import BETA, LORA_ALPHA, LORA_RANK, MAX_LENGTH, Job, rates
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer  # type: ignore - TRL exports lazily
 
@@ -59,7 +60,10 @@ def make_trainer(job: Job, rows: str, timer: StepEnds, out: str) -> TimedTrainer
         report_to=[], save_strategy="no", disable_tqdm=True, seed=0,
     )  # fmt: skip
     data = Dataset.from_list([json.loads(line) for line in lines])
-    return TimedTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[timer])
+    adapters = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear") if job.lora else None
+    return TimedTrainer(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[timer], peft_config=adapters
+    )
 
 
 def tokens(job: Job, out: str) -> dict[str, Any]:
