@@ -28,5 +28,6 @@ def faults(way: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems keep or return memory in their own way")
 def test_tensors_get_the_memory_of_those_before() -> None:
-    assert faults("kept") < 20
-    assert faults("returned") >= 100, "else this shows nothing"
+    returned = faults("returned")
+    assert returned >= 100, "else this shows nothing"
+    assert faults("kept") < returned / 10

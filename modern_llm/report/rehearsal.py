@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modern_llm import distributed
-from modern_llm.config import DPOConfig, StrictModel, TrainingConfig, UserError, resolve
+from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.commands import DPOArguments, PretrainArguments, SFTArguments
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.training import Stage
@@ -54,8 +54,10 @@ class RehearsalTooLargeError(Exception):
     """The system stopped a rehearsal."""
 
 
-class Rehearsed(StrictModel):
+class Rehearsed(BaseModel):
     """What some optimizer steps took."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     process_bytes: int
     """Memory of the process before it had a model."""
