@@ -72,7 +72,6 @@ class Balanced(Objective):
         self.accuracy = objective.accuracy
         self.whole_step = objective.whole_step
         self.follows_the_policy = objective.follows_the_policy
-        self.follows_the_policy = objective.follows_the_policy
         self.units = {**objective.units, "balance_loss": "examples", "largest_expert_share": "examples"}
 
     def __call__(self, policy: Policy, batch: MicroBatch) -> Outcome:
