@@ -1,0 +1,82 @@
+"""A run that is killed at any instant, as often as you like, goes on and ends like one that nothing disturbed.
+
+`FAULT_KILLS` says how many kills; `make faults` has 200.
+"""
+
+import os
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from harness import Attempt, Bench
+from scenarios import NAMES, ONE_OF_EACH_STAGE
+
+KILLS = int(os.environ.get("FAULT_KILLS", "8"))
+MOST_KILLS_OF_A_RUN = 4
+
+
+@dataclass
+class Tally:
+    """What came of all kills."""
+
+    kills: int = 0
+    resumes: int = 0
+    phases: Counter[str] = field(default_factory=Counter)
+    losses: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        where = ", ".join(f"{phase} {count}" for phase, count in self.phases.most_common())
+        return f"kills={self.kills} resumes={self.resumes} losses={len(self.losses)} ({where})"
+
+
+def disturb(bench: Bench, name: str, chance: random.Random, cold: bool, aimed: bool, tally: Tally) -> None:
+    """Kill one run a few times, let it end, and compare it.
+
+    Args:
+        bench: where it runs.
+        name: of the scenario.
+        chance: decides the instants.
+        cold: its cache is empty at first, so that building it and asking the reference are hit too.
+        aimed: each kill is at a change of the file system, and so before, in or just after a save or the build of a cache.
+        tally: of all runs.
+    """
+    _, straight = bench.straight(name)
+    folder = bench.new_folder()
+    for _ in range(min(MOST_KILLS_OF_A_RUN, KILLS - tally.kills)):
+        if aimed:
+            found = bench.attempt(name, folder, cold=cold, at="event", count=chance.randint(1, straight.events), do=["SIGKILL"])
+        else:
+            found = bench.attempt(name, folder, cold=cold, kill_after=chance.uniform(0.0, straight.seconds))
+        if not _was_killed(found, tally, name):
+            break
+    else:
+        last = bench.attempt(name, folder, cold=cold)
+        if _was_killed(last, tally, name) or last.code:
+            return
+    tally.losses += [f"{name}: {loss}" for loss in bench.losses(name, folder)]
+
+
+def _was_killed(found: Attempt, tally: Tally, name: str) -> bool:
+    """Count an attempt; False if it ended by itself."""
+    tally.resumes += "resuming from" in found.output
+    if found.code == 137:
+        tally.kills += 1
+        tally.phases[found.phase] += 1
+        return True
+    if found.code:
+        tally.losses.append(f"{name}: it could not go on, code {found.code}: {found.output[-2000:]}")
+    return False
+
+
+def test_a_run_killed_at_any_instant_ends_like_an_undisturbed_one(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    chance, tally, number = random.Random(2026), Tally(), 0
+    names = NAMES if KILLS > 8 else ONE_OF_EACH_STAGE
+    while tally.kills < KILLS:
+        # every scenario meets every combination in turn
+        disturb(bench, names[number % len(names)], chance, cold=number % 2 == 1, aimed=number % 4 >= 2, tally=tally)
+        number += 1
+        assert number < 4 * KILLS, "the kills come too late to hit anything"
+    with capsys.disabled():
+        print(f"\n{tally.line()}")
+    assert tally.losses == []
