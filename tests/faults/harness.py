@@ -12,9 +12,14 @@ from typing import Any
 from helpers import metric_lines
 from scenarios import Scenario, scenarios
 
+from modern_llm.checkpoint import MANIFEST, OWN_HASH
+
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 120.0
 """What no attempt takes unless it hangs."""
+
+WHEN_TO_SAVE = ("save_every", "keep_checkpoints", "on_save_error", "max_minutes")
+"""Settings that a test may change from one attempt to the next, since they change no result; the manifest records them."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,9 @@ class Bench:
     def losses(self, name: str, folder: Path) -> list[str]:
         """How a finished run differs from the undisturbed one; [] if in nothing.
 
-        Every file of the final checkpoint is compared byte for byte, the manifest too, and every line of `metrics.jsonl`
-        without the fields of the clock.
+        Every file of the final checkpoint is compared byte for byte, the manifest without its own hash and the fields in
+        `WHEN_TO_SAVE`; and
+        every line of `metrics.jsonl` without the fields of the clock.
         """
         straight, _ = self.straight(name)
         final = f"run/{self.scenarios[name].run_name}_final"
@@ -155,9 +161,20 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def neutral(name: str, content: bytes) -> Any:
+    """What of a file must be the same."""
+    if name != MANIFEST:
+        return content
+    manifest = json.loads(content)
+    manifest.pop(OWN_HASH)
+    for field in WHEN_TO_SAVE:
+        manifest["config"]["train"].pop(field)
+    return manifest
+
+
 def differences(one: Path, other: Path) -> list[str]:
-    """Names of the files that two folders do not have in common, or with other bytes."""
-    here, there = tree(one), tree(other)
+    """Names of the files that two folders do not have in common, or with other content."""
+    here, there = ({name: neutral(name, content) for name, content in tree(folder).items()} for folder in (one, other))
     return [f"{other / name}: differs" for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
 
 

@@ -67,9 +67,9 @@ class Board:
 class Fault:
     """One fault: `at` a place for the `count`-th time, `do` signals by name, or an error of the system by name.
 
-    Places are the phases of `PHASES` from `reference` on; `event`, a change of the file system, and `save`, one inside a
-    checkpoint that has no name yet; and `saved`, a periodic one that has just got its name. An error can be had at the
-    changes of the file system only, once or (`lasting`) from then on.
+    Places are the phases of `PHASES` from `reference` on; `event`, a change of the file system; `save`, one inside a
+    checkpoint that has no name yet; `build`, one in the cache folder; and `saved`, a periodic checkpoint that has just got
+    its name. An error can be had at the changes of the file system only, once or (`lasting`) from then on.
     """
 
     def __init__(self, board: Board, watched: list[Path], fault: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ class Fault:
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = args
-            if isinstance(path, str | bytes | os.PathLike) and flags & WRITES:
+            if not isinstance(path, int) and flags & WRITES:
                 self._changes(event, os.fspath(path))
         elif event in CHANGES:
             self._changes(event, args[1] if event == "os.rename" else args[0])
@@ -186,7 +186,9 @@ class Fault:
             self._note(inside[0], 1)
         self.board.events += 1
         self.reach("event", text)
-        if partial and inside[0] == self.watched[0]:
+        if inside[0] == self.watched[1]:
+            self.reach("build", text)
+        elif partial:
             self.reach("save", text)
         if event == "os.rename" and not partial:
             self._note(inside[0], 0)

@@ -18,7 +18,7 @@ TRAINING = {
     "mixed_precision": "fp32",
     "compile": "off",
     "save_every": 1,
-    "eval_every": 3,
+    "eval_every": 4,
     "log_every": 2,
 }
 LORA = {"rank": 64, "alpha": 32.0}  # so wide that the optimizer keeps a part of its state in 8 bits
@@ -43,16 +43,16 @@ class Scenario:
 
 def scenarios(folder: Path) -> dict[str, Scenario]:
     """All scenarios; their data and their start are written to a folder."""
-    rows = range(20)
-    first = [{"text": f"{SENTENCES[i % 8]} {SENTENCES[(3 * i + 1) % 8]} It was day {i}."} for i in range(14)]
-    second = [{"text": f"Day {i}. {SENTENCES[(5 * i + 2) % 8]}"} for i in range(10)]
+    rows = range(14)
+    first = [{"text": f"{SENTENCES[i % 8]} {SENTENCES[(3 * i + 1) % 8]} It was day {i}."} for i in rows]
+    second = [{"text": f"Day {i}. {SENTENCES[(5 * i + 2) % 8]}"} for i in range(9)]
     asked = [f"{QUESTIONS[i % 6]} Say it for day {i}." for i in rows]
     chats = [{"prompt": asked[i], "completion": f"{ANSWERS[i % 6]} It was day {i}."} for i in rows]
     pairs = [{"prompt": asked[i], "chosen": ANSWERS[i % 6], "rejected": WRONG[(i + i // 6) % 6]} for i in rows]
     texts, more = write_jsonl(folder / "texts.jsonl", first), write_jsonl(folder / "more.jsonl", second)
     chats_file, pairs_file = write_jsonl(folder / "chats.jsonl", chats), write_jsonl(folder / "pairs.jsonl", pairs)
     tokenizer = tiny_tokenizer()
-    start = str(save_start(tiny_model(tokenizer, seed=1, dropout=0.1), tokenizer, folder / "start"))
+    start = str(save_start(tiny_model(tokenizer, seed=1, dropout=0.1, max_seq_len=128), tokenizer, folder / "start"))
 
     def pretrain(name: str, **changes: Any) -> Scenario:
         mixture = {str(texts): 0.5, str(more): 1.2}
@@ -61,7 +61,7 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         return Scenario(name, "pretrain", config, "pretrain")
 
     def sft(name: str, packing: bool, **changes: Any) -> Scenario:
-        data = {"dataset_name": str(chats_file), "packing": packing, "max_length": 64, "eval_fraction": 0.2}
+        data = {"dataset_name": str(chats_file), "packing": packing, "max_length": 128, "eval_fraction": 0.2}
         config = {"pretrain_checkpoint": start, "train_config": {**TRAINING, **changes}, "dataset_config": data}
         return Scenario(name, "sft", config, "sft")
 
@@ -72,9 +72,10 @@ def scenarios(folder: Path) -> dict[str, Scenario]:
         return Scenario(name, "dpo", config, "dpo")
 
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "disable_dropout": False}
+    dropping = {**LORA, "dropout": 0.1}
     found = [
-        pretrain("pretrain: a mixture, Muon, an average, z-loss", optimizer="muon", ema_decay=0.9, z_loss=1e-3, num_epochs=3),
-        sft("sft: adapters, packs, 8 bits", True, optimizer="adamw_8bit", adapter={**LORA, "dropout": 0.1}, num_epochs=3),
+        pretrain("pretrain: a mixture, Muon, an average, z-loss", optimizer="muon", ema_decay=0.9, z_loss=1e-3),
+        sft("sft: adapters, packs, 8 bits", True, optimizer="adamw_8bit", adapter=dropping, batch_size=2, micro_batch_size=1),
         sft("sft: all weights, 8 bits, an average", False, optimizer="adamw_8bit", ema_decay=0.9),
         dpo("dpo: adapters, a running mean", {"loss_type": "bco_pair"}, adapter=LORA, ema_decay=0.9),
         dpo("dpo: a moving reference", moving, optimizer="adamw", micro_batch_size=1),

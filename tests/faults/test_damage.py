@@ -11,6 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Bench, periodic, tree
@@ -22,7 +23,7 @@ from modern_llm.config import UserError
 CUTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where a file is truncated, as shares of its last byte."""
 FLIPS = (0x01, 0x20, 0x80)
-"""A neighbour, the other case of a letter, and what is no ASCII."""
+"""The next letter, the other case of a letter, and what is no ASCII."""
 KINDS = (rb"\{", rb"\}", rb"\[", rb"\]", rb'"', rb":", rb",", rb"[0-9]", rb"[a-z]", rb"[A-Z]", rb"[0-9a-f]{64}", rb" ", rb"\n")
 """Bytes that mean different things in JSON and in a template; of each the first, one in the middle, and the last."""
 PLANTED = ("planted.txt", "training/planted.safetensors", "model-00002-of-00002.safetensors", "adapter_model.bin")
@@ -40,7 +41,7 @@ def places(path: Path) -> dict[str, int]:
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = (8 + length + offset for offset in entry["data_offsets"])
-                found |= {f"{name}, first": begin, f"{name}, middle": (begin + end) // 2, f"{name}, last": end - 1}
+                found |= {f"{name}, first": begin, f"{name}, last": end - 1}
     else:
         for kind in (
             rb"\{",
@@ -76,11 +77,11 @@ Damage = tuple[str, str, Callable[[Path], None]]
 """The kind, the file's name in the folder, and what is done to it."""
 
 
-def damages(folder: Path) -> Iterator[Damage]:
+def damages(folder: Path, flips: tuple[int, ...]) -> Iterator[Damage]:
     """Everything that can happen to one file of a checkpoint."""
     for name in tree(folder):
         for kind, place in places(folder / name).items():
-            for bits in FLIPS:
+            for bits in flips:
                 yield f"flipped {kind}", name, lambda path, place=place, bits=bits: flipped(path, place, bits)
         for share in CUTS:
             yield "truncated", name, lambda path, share=share: truncated(path, share)
@@ -91,32 +92,40 @@ def damages(folder: Path) -> Iterator[Damage]:
         yield "added", name, lambda path: path.write_bytes(b"{}")  # type: ignore[func-returns-value]
 
 
-@pytest.fixture
-def checkpoints(bench: Bench, request: pytest.FixtureRequest) -> list[Path]:
-    """A periodic and the final checkpoint of a scenario."""
-    folder, _ = bench.straight(request.param)
-    return [periodic(folder)[-1], folder / f"run/{bench.scenarios[request.param].run_name}_final"]
+def what_is_found(folder: Path, name: str, whole: dict[str, Any]) -> str:
+    """What checking a folder says of one of its files: `found`, `harmless`, or what is wrong about the answer.
+
+    Harmless is a change of the manifest that says the same in other bytes (a newline more, `1E-05` in place of `1e-05`).
+    Without a manifest a folder is one of others, as any on the hub.
+    """
+    try:
+        manifest = verify(folder)
+    except UserError as error:
+        return "found" if str(error).startswith(f"{folder / name}: ") and "\n" not in str(error) else f"it says: {error}"
+    if manifest is None and name == MANIFEST:
+        return "found"
+    return "harmless" if manifest == whole and name == MANIFEST else "nothing was found"
 
 
-@pytest.mark.parametrize("checkpoints", ONE_OF_EACH_STAGE, indirect=True)
+@pytest.mark.parametrize(
+    ("scenario", "flips"), [(NAMES[1], FLIPS[:1]), *(pytest.param(n, FLIPS, marks=pytest.mark.faults) for n in NAMES)]
+)
 def test_any_damage_to_any_file_of_a_checkpoint_is_found_and_named(
-    checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: Bench, scenario: str, flips: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    straight, _ = bench.straight(scenario)
     counts: Counter[str] = Counter()
-    missed = []
-    for original in checkpoints:
+    results: Counter[str] = Counter()
+    for original in (periodic(straight)[-1], straight / f"run/{bench.scenarios[scenario].run_name}_final"):
         folder = Path(shutil.copytree(original, tmp_path / original.name))
-        verify(folder)
+        manifest = verify(folder)
+        assert manifest is not None
         whole = tree(folder)
-        for kind, name, damage in list(damages(folder)):
+        for kind, name, damage in list(damages(folder, flips)):
             damage(folder / name)
             counts[kind.split()[0]] += 1
-            try:
-                verify(folder)
-                missed.append(f"{original.name}/{name}: {kind}")
-            except UserError as error:
-                if str(folder / name) not in str(error) or "\n" in str(error):
-                    missed.append(f"{original.name}/{name}: {kind}, but it says: {error}")
+            result = what_is_found(folder, name, manifest)
+            results[result if result in ("found", "harmless") else f"{original.name}/{name}: {kind}: {result}"] += 1
             if (folder / name).is_dir():
                 (folder / name).rmdir()
             if name in whole:
@@ -124,9 +133,10 @@ def test_any_damage_to_any_file_of_a_checkpoint_is_found_and_named(
             else:
                 (folder / name).unlink()
         verify(folder)
-    with capsys.disabled():
-        print(f"\ndamages={counts.total()} found={counts.total() - len(missed)} ({dict(counts)})")
-    assert missed == []
+    if flips == FLIPS:
+        with capsys.disabled():
+            print(f"\n{scenario}: damages={counts.total()} {dict(counts)}: {dict(results)}")
+    assert results.keys() <= {"found", "harmless"}
 
 
 def damage_of(kind: str, path: Path) -> None:
@@ -163,11 +173,19 @@ def finishes_again(bench: Bench, name: str, file: str, kind: str) -> None:
     assert "resuming from" in found.output, found.output
 
 
-@pytest.mark.parametrize(("file", "kind"), [("training/state.safetensors", "flipped"), (MANIFEST, "truncated")])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("training/state.safetensors", "flipped"),
+        pytest.param(MANIFEST, "truncated", marks=pytest.mark.faults),
+        pytest.param(MANIFEST, "removed", marks=pytest.mark.faults),
+    ],
+)
 def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(bench: Bench, file: str, kind: str) -> None:
     resumes_before(bench, NAMES[1], file, kind)
 
 
+@pytest.mark.faults
 def test_a_run_whose_only_checkpoint_is_damaged_starts_again(bench: Bench) -> None:
     folder = bench.stopped_copy(NAMES[1], 1)
     (only,) = periodic(folder)
@@ -188,8 +206,9 @@ def test_every_file_of_a_damaged_checkpoint_is_named_by_the_run_that_does_not_us
     kinds = ("flipped", "truncated", "removed")
     for number, file in enumerate([*tree(periodic(straight)[1]), PLANTED[0]]):
         resumes_before(bench, name, file, "added" if file in PLANTED else kinds[number % 3])
+    finishes_again(bench, name, MANIFEST, "truncated")
     final = straight / f"run/{bench.scenarios[name].run_name}_final"
-    for number, file in enumerate([*tree(final), PLANTED[0]]):
+    for number, file in enumerate([*(file for file in tree(final) if file != MANIFEST), PLANTED[0]]):
         finishes_again(bench, name, file, "added" if file in PLANTED else kinds[(number + 1) % 3])
 
 

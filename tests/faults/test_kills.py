@@ -30,24 +30,31 @@ class Tally:
         return f"kills={self.kills} resumes={self.resumes} losses={len(self.losses)} ({where})"
 
 
-def disturb(bench: Bench, name: str, chance: random.Random, cold: bool, aimed: bool, tally: Tally) -> None:
+ROUNDS = [("build", True), ("nowhere", False), ("save", False), ("nowhere", True), ("event", True), ("save", True)]
+"""Aim and whether the cache is empty, run by run; each of the five scenarios meets all of them."""
+AIMS = {"nowhere": 0, "event": 200, "save": 150, "build": 24}
+"""Where a kill is aimed at: any instant; a change of the file system, of which a run has about so many; one of them inside a
+save; one of them in the cache folder. Two of three runs begin with an empty cache, and so build it and ask the reference."""
+
+
+def disturb(bench: Bench, name: str, chance: random.Random, aim: str, cold: bool, tally: Tally) -> None:
     """Kill one run a few times, let it end, and compare it.
 
     Args:
         bench: where it runs.
         name: of the scenario.
         chance: decides the instants.
-        cold: its cache is empty at first, so that building it and asking the reference are hit too.
-        aimed: each kill is at a change of the file system, and so before, in or just after a save or the build of a cache.
+        aim: one of `AIMS`.
+        cold: its cache is empty at first.
         tally: of all runs.
     """
     _, straight = bench.straight(name)
     folder = bench.new_folder()
-    for _ in range(min(MOST_KILLS_OF_A_RUN, KILLS - tally.kills)):
-        if aimed:
-            found = bench.attempt(name, folder, cold=cold, at="event", count=chance.randint(1, straight.events), do=["SIGKILL"])
-        else:
+    for _ in range(min(chance.randint(1, MOST_KILLS_OF_A_RUN), KILLS - tally.kills)):
+        if aim == "nowhere":
             found = bench.attempt(name, folder, cold=cold, kill_after=chance.uniform(0.0, straight.seconds))
+        else:
+            found = bench.attempt(name, folder, cold=cold, at=aim, count=chance.randint(1, AIMS[aim]), do=["SIGKILL"])
         if not _was_killed(found, tally, name):
             break
     else:
@@ -70,13 +77,14 @@ def _was_killed(found: Attempt, tally: Tally, name: str) -> bool:
 
 
 def test_a_run_killed_at_any_instant_ends_like_an_undisturbed_one(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    chance, tally, number = random.Random(2026), Tally(), 0
+    chance, tally = random.Random(2026), Tally()
     names = NAMES if KILLS > 8 else ONE_OF_EACH_STAGE
-    while tally.kills < KILLS:
-        # every scenario meets every combination in turn
-        disturb(bench, names[number % len(names)], chance, cold=number % 2 == 1, aimed=number % 4 >= 2, tally=tally)
-        number += 1
-        assert number < 4 * KILLS, "the kills come too late to hit anything"
+    for number in range(4 * KILLS):
+        aim, cold = ROUNDS[number % len(ROUNDS)]
+        disturb(bench, names[number % len(names)], chance, aim, cold, tally)
+        if tally.kills >= KILLS:
+            break
     with capsys.disabled():
         print(f"\n{tally.line()}")
     assert tally.losses == []
+    assert tally.kills == KILLS, "the others came too late to hit anything"
