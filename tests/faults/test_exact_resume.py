@@ -42,7 +42,7 @@ def test_a_run_that_has_the_rest_of_the_way_to_go_from_any_step_ends_like_the_st
         bench.finish(name, bench.stopped_copy(name, step))
 
 
-@pytest.mark.parametrize("name", [NAMES[0], NAMES[3], LONG[1], LONG[2], LONG[4]])
+@pytest.mark.parametrize("name", [NAMES[0], *LONG[1:]])
 def test_a_run_resumed_twice_over_the_ends_of_epochs_is_the_straight_run(bench: Bench, name: str) -> None:
     steps = len(periodic(bench.straight(name)[0]))
     resume_after_each(bench, name, steps_between=(steps + 1) // 2 - 1)

@@ -14,6 +14,8 @@ from scenarios import NAMES, ONE_OF_EACH_STAGE
 
 KILLS = int(os.environ.get("FAULT_KILLS", "8"))
 MOST_KILLS_OF_A_RUN = 4
+CHANGES = {"save_every": 2, "keep_checkpoints": 1}
+"""So some kills are followed by steps that are taken again, and old checkpoints are being removed."""
 
 
 @dataclass
@@ -52,13 +54,15 @@ def disturb(bench: Bench, name: str, chance: random.Random, aim: str, cold: bool
     folder = bench.new_folder()
     for _ in range(min(chance.randint(1, MOST_KILLS_OF_A_RUN), KILLS - tally.kills)):
         if aim == "nowhere":
-            found = bench.attempt(name, folder, cold=cold, kill_after=chance.uniform(0.0, straight.seconds))
+            found = bench.attempt(name, folder, cold=cold, kill_after=chance.uniform(0.0, straight.seconds), changes=CHANGES)
         else:
-            found = bench.attempt(name, folder, cold=cold, at=aim, count=chance.randint(1, AIMS[aim]), do=["SIGKILL"])
+            found = bench.attempt(
+                name, folder, cold=cold, at=aim, count=chance.randint(1, AIMS[aim]), do=["SIGKILL"], changes=CHANGES
+            )
         if not _was_killed(found, tally, name):
             break
     else:
-        last = bench.attempt(name, folder, cold=cold)
+        last = bench.attempt(name, folder, cold=cold, changes=CHANGES)
         if _was_killed(last, tally, name) or last.code:
             return
     tally.losses += [f"{name}: {loss}" for loss in bench.losses(name, folder)]

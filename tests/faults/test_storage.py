@@ -55,11 +55,10 @@ def fails_once(bench: Bench, name: str, cold: bool = False, changes: dict[str, s
 # Errors that the system gives
 
 
-@pytest.mark.parametrize(("error", "lasting"), [("ENOSPC", True), pytest.param("EACCES", False, marks=pytest.mark.faults)])
-def test_an_error_in_the_middle_of_a_save_is_one_line_and_leaves_the_checkpoints_of_before(
-    bench: Bench, error: str, lasting: bool
-) -> None:
-    found = fails_once(bench, NAMES[1], at="save", count=4, do=[error], lasting=lasting)
+@pytest.mark.faults
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_in_the_middle_of_a_save_is_one_line_and_leaves_the_checkpoints_of_before(bench: Bench, error: str) -> None:
+    found = fails_once(bench, NAMES[1], at="save", count=4, do=[error])
     assert found.hit
     says(found, "run/checkpoints", os.strerror(getattr(errno, error)), "step-000002")
 
@@ -93,9 +92,8 @@ def test_every_change_of_the_file_system_may_fail(
         sites += found.hit
         stopped += found.code == STORAGE_FAILED
     with capsys.disabled():
-        print(
-            f"\n{name}, {'from then on' if lasting else 'once'}: sites={sites} stopped={stopped} went_on={sites - stopped} losses=0"
-        )
+        how = "from then on" if lasting else "once"
+        print(f"\n{name}, {how}: sites={sites} stopped={stopped} went_on={sites - stopped} losses=0")
     assert found.code == 0
     assert sites > 30
 
