@@ -23,6 +23,7 @@ from injected import Board, Fault
 from modern_llm import cli
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.limits import matmul_limit
+from modern_llm.training.inputs import MODULES, code_version
 
 # what a run imports when it gets there
 for module in ("bitsandbytes.optim.adamw", "peft", "transformers.models.qwen3.modeling_qwen3"):
@@ -91,7 +92,9 @@ def main() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing else may write between the answers
-    matmul_limit(torch.device("cpu"), torch.float32)  # measured once a process
+    matmul_limit(torch.device("cpu"), torch.float32)  # this and the next are done once a process
+    for stage in MODULES.values():
+        code_version(stage)
     board = Board()
     gc.collect()
     gc.freeze()

@@ -34,7 +34,7 @@ class Tally:
 
 ROUNDS = [("build", True), ("nowhere", False), ("save", False), ("nowhere", True), ("event", True), ("save", True)]
 """Aim and whether the cache is empty, run by run; each of the five scenarios meets all of them."""
-AIMS = {"nowhere": 0, "event": 200, "save": 150, "build": 24}
+AIMS = {"nowhere": 0, "event": 120, "save": 60, "build": 24}
 """Where a kill is aimed at: any instant; a change of the file system, of which a run has about so many; one of them inside a
 save; one of them in the cache folder. Two of three runs begin with an empty cache, and so build it and ask the reference."""
 
