@@ -16,28 +16,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modern_llm.config import UserError
+from modern_llm.exit_codes import StorageError
 
 MANIFEST = "modern_llm.json"
 STATE_TENSORS = "training/state.safetensors"
 STATE_JSON = "training/state.json"
+OWN_HASH = "manifest_sha256"
 _TENSOR = "$tensor"
+_SCRATCH = ".partial"
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was saved."""
+
+
+@contextmanager
+def storing(target: Path) -> Iterator[None]:
+    """Inside, a failing write becomes an error that says what was to be written, and why it was not.
+
+    Raises:
+        StorageError: in place of the system's error, which safetensors wraps in one of its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(f"{target}: could not be written: {reason}") from error
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends without an error, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        scratch.chmod(0o755)  # mkdtemp makes it private; a checkpoint is read by others
-        yield scratch
-        publish_folder(scratch, target, replace=True)  # the same step may be saved again after a resume
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    """A temporary folder beside `target` that takes its name when the block ends without an error, and vanishes otherwise.
+
+    Raises:
+        StorageError: something could not be written; what had the name before is as it was.
+    """
+    with storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SCRATCH, dir=target.parent))
+        try:
+            scratch.chmod(0o755)  # mkdtemp makes it private; a checkpoint is read by others
+            yield scratch
+            publish_folder(scratch, target, replace=True)  # the same step may be saved again after a resume
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
@@ -52,7 +79,7 @@ def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
         _sync(path)
     _sync(scratch)
     if replace and target.exists():
-        shutil.rmtree(target)
+        remove_folder(target)
     try:
         scratch.rename(target)
     except OSError:
@@ -61,13 +88,37 @@ def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
     _sync(target.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder such that nobody finds half of it under its name."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_SCRATCH, dir=folder.parent))
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder; only for who is alone in writing there."""
+    for path in folder.glob(f".*{_SCRATCH}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    _sync(scratch)
-    scratch.replace(path)
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        StorageError: it could not be written; the old content is there.
+    """
+    scratch = path.with_name(f".{path.name}{_SCRATCH}")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            _sync(scratch)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -98,21 +149,31 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `modern_llm.json`: the given content, versions, and size and sha256 of every other file of the folder."""
+    """Write `modern_llm.json`: the given content, versions, size and sha256 of every other file, and a hash of all this."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
-    text = json.dumps({"format": 1, **content, "versions": versions(), "files": files}, indent=2)
+    seal(folder, {"format": 2, **content, "versions": versions(), "files": files})
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its own hash."""
+    text = json.dumps({**manifest, OWN_HASH: _hash_of(manifest)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _hash_of(manifest: dict[str, Any]) -> str:
+    without = {name: value for name, value in manifest.items() if name != OWN_HASH}
+    return hashlib.sha256(json.dumps(without, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     """The manifest of one of our folders; None for any other model folder or a hub id.
 
     Raises:
-        UserError: the manifest is damaged.
+        DamagedError: the manifest is not what was saved.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -122,36 +183,59 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
         for entry in manifest["files"].values():
             assert isinstance(entry["size"], int)
             assert isinstance(entry["sha256"], str)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error}): use another checkpoint") from None
+        own = manifest[OWN_HASH]
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise DamagedError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
+    if own != _hash_of(manifest):
+        raise DamagedError(f"{path}: damaged manifest: it differs from what was saved (sha256)")
     return manifest
 
 
-def verify(folder: Path | str) -> None:
-    """Compare every file of one of our folders with its manifest; other folders pass.
+def verify(folder: Path | str) -> dict[str, Any] | None:
+    """Compare every file of one of our folders with its manifest, and return that; other folders pass, with None.
+
+    Notes (`*.md`) and hidden files beside those of the manifest are left alone.
 
     Raises:
-        UserError: a file is missing or differs, by name.
+        DamagedError: a file is missing, differs, or is one that was not saved there, by name.
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        return
+        return None
     for name, expected in manifest["files"].items():
         path = Path(folder) / name
         if not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint: use another one")
+            raise DamagedError(f"{path}: missing from the checkpoint")
         if path.stat().st_size != expected["size"] or sha256_of_file(path) != expected["sha256"]:
-            raise UserError(f"{path}: differs from what was saved (size or sha256): use another checkpoint")
+            raise DamagedError(f"{path}: differs from what was saved (size or sha256)")
+    for path in sorted(Path(folder).rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in {*manifest["files"], MANIFEST} and path.suffix != ".md" and name[0] != ".":
+            raise DamagedError(f"{path}: was not saved with this checkpoint, and could change how it loads: take it out")
+    return manifest
+
+
+def copied(state: Any) -> Any:
+    """A nested state with copies of its tensors on the host, which training can go on without changing."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu().clone() if state.device.type == "cpu" else state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: copied(item) for key, item in state.items()}
+    return [copied(item) for item in state] if isinstance(state, list) else state
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Save a nested dict of tensors, numbers, strings, lists and None as one safetensors and one JSON file."""
     tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
 
     def describe(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
             unique = f"{len(tensors)}:{name}"  # a slash in a key could make two names one
-            tensors[unique] = value.detach().cpu().contiguous().clone()
+            whole = value.detach().cpu().contiguous()
+            shares = whole.untyped_storage().nbytes() != whole.nbytes or whole.untyped_storage().data_ptr() in memory
+            tensors[unique] = whole.clone() if shares else whole  # safetensors refuses tensors that share memory
+            memory.add(tensors[unique].untyped_storage().data_ptr())
             return {_TENSOR: unique}
         if isinstance(value, dict):
             assert all(isinstance(key, str) and key != _TENSOR for key in value), (
