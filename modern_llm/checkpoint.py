@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modern_llm.config import UserError
+from modern_llm.config.base import shown
+from modern_llm.config.io import read_json
+from modern_llm.secrets import record_without_secrets
 
 MANIFEST = "modern_llm.json"
 STATE_TENSORS = "training/state.safetensors"
 STATE_JSON = "training/state.json"
 _TENSOR = "$tensor"
+MOST_STATE_BYTES = 2**28
 
 
 @contextmanager
@@ -98,13 +103,13 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `modern_llm.json`: the given content, versions, and size and sha256 of every other file of the folder."""
+    """Write `modern_llm.json`: the given content without secrets, versions, and size and sha256 of every other file."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    text = json.dumps({"format": 1, **content, "versions": versions(), "files": files}, indent=2)
+    text = json.dumps({"format": 1, **record_without_secrets(content), "versions": versions(), "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -117,14 +122,42 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        for entry in manifest["files"].values():
-            assert isinstance(entry["size"], int)
-            assert isinstance(entry["sha256"], str)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{path}: damaged manifest ({type(error).__name__}: {error}): use another checkpoint") from None
+    manifest = read_json(path, "manifest")
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name), kind | None)]
+    wrong += ["files"] if manifest.get("files") is None else []
+    if not wrong:
+        entries = {name: entry if isinstance(entry, dict) else {} for name, entry in manifest["files"].items()}
+        wrong = [n for n, e in entries.items() if not isinstance(e.get("size"), int) or not isinstance(e.get("sha256"), str)]
+    if wrong:
+        raise UserError(f"{path}: damaged manifest, what it says of {shown(wrong[0])}: use another checkpoint")
     return manifest
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("files", "versions", "config", "parent", "adapter"), dict),
+    **dict.fromkeys(("stage", "run", "weights", "start_weights", "data", "tokenizer", "tokenizer_name", "precision"), str),
+    "step": int,
+}
+"""Types of what a manifest says; any of it may be missing or null."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that a folder's manifest names, which is in that folder and nowhere else.
+
+    A snapshot of the hub's cache is a folder of links to the `blobs` beside it; these are where they belong.
+
+    Raises:
+        UserError: the name is absolute, has `..` or other parts that lead elsewhere, or is a link out of the folder.
+    """
+    parts = name.split("/")
+    odd = not name.isprintable() or "\\" in name or ":" in name or len(name.encode()) > 1000
+    if odd or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+        raise UserError(f"{folder / MANIFEST}: names {shown(name)}, which is no file of that folder: use another checkpoint")
+    path, root = folder / name, folder.resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise UserError(f"{path}: a link to a file outside of the checkpoint: use another one")
+    return path
 
 
 def verify(folder: Path | str) -> None:
@@ -137,7 +170,7 @@ def verify(folder: Path | str) -> None:
     if manifest is None:
         return
     for name, expected in manifest["files"].items():
-        path = Path(folder) / name
+        path = inside(Path(folder), name)
         if not path.is_file():
             raise UserError(f"{path}: missing from the checkpoint: use another one")
         if path.stat().st_size != expected["size"] or sha256_of_file(path) != expected["sha256"]:
@@ -170,8 +203,15 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` saved, tensors on the CPU."""
-    tensors = load_file(folder / STATE_TENSORS)
+    """What `save_state` saved, tensors on the CPU.
+
+    Raises:
+        UserError: one of the two files is damaged, or they do not belong together.
+    """
+    try:
+        tensors = load_file(folder / STATE_TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / STATE_TENSORS}: cannot be read ({error}): use another checkpoint") from None
 
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
@@ -180,4 +220,7 @@ def load_state(folder: Path) -> dict[str, Any]:
             return [restore(item) for item in value]
         return value
 
-    return restore(json.loads((folder / STATE_JSON).read_text(encoding="utf-8")))
+    try:
+        return restore(read_json(folder / STATE_JSON, most_bytes=MOST_STATE_BYTES))
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / STATE_JSON}: names a tensor that is not there: use another checkpoint") from None

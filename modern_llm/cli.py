@@ -7,6 +7,8 @@ Every argument of a stage function is a key of its `--config` YAML file, and eve
 
 import os
 import sys
+import traceback
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -28,6 +30,7 @@ from modern_llm.config.commands import (
     kind_of_file,
 )
 from modern_llm.config.io import json_schema, read_yaml
+from modern_llm.secrets import without_secrets
 
 USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
 
@@ -252,6 +255,7 @@ def main(command: str | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is the one bar
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries end in one line of ours
+    sys.excepthook = _print_bug
     words = sys.argv[1:]
     if command is None:
         if not words or words[0] in ("-h", "--help"):
@@ -273,9 +277,14 @@ def main(command: str | None = None) -> None:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    for line in message.splitlines():
+    for line in without_secrets(message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of an error that no user can put right, without secrets: messages of libraries may hold whole URLs."""
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 if __name__ == "__main__":

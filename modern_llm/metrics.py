@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from modern_llm.checkpoint import write_text
 from modern_llm.config import UserError
+from modern_llm.config.io import parse_json
 from modern_llm.distributed import is_main
+from modern_llm.secrets import record_without_secrets, without_secrets
 
 
 class Averages:
@@ -94,10 +96,10 @@ class RunLog:
 
     def _is_later(self, line: str, step: int) -> bool:
         try:
-            entry = json.loads(line)
-        except ValueError:  # the last line of a killed run may be cut
+            entry = parse_json(line)
+            return entry["run"] == self.run_name and entry["step"] > step
+        except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
             return True
-        return entry["run"] == self.run_name and entry["step"] > step
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -105,9 +107,9 @@ class RunLog:
             self.bar.update()
 
     def message(self, text: str) -> None:
-        """A line for the user."""
+        """A line for the user, without secrets."""
         if self.active:
-            tqdm.write(f"{self.run_name}: {text}")
+            tqdm.write(without_secrets(f"{self.run_name}: {text}"))
             sys.stdout.flush()
 
     def log(self, step: int, values: dict[str, float], shown: tuple[str, ...] | None = None) -> None:
@@ -122,10 +124,10 @@ class RunLog:
             tracker.log(step, values)
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Append an entry that is no metric, such as the rows of a batch that was skipped."""
+        """Append an entry that is no metric, such as the rows of a batch that was skipped; without secrets."""
         if self.active:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"run": self.run_name, **entry}) + "\n")
+                file.write(json.dumps({"run": self.run_name, **record_without_secrets(entry)}) + "\n")
 
 
 class _TensorBoard:

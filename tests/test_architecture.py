@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "modern_llm"
 
 FLOORS: list[set[str]] = [
     {"config"},
-    {"losses"},
-    {"allocator", "layout", "distributed", "checkpoint", "metrics", "precision", "hub", "limits"},
+    {"losses", "secrets"},
+    {"allocator", "layout", "distributed", "checkpoint", "metrics", "precision", "hub", "foreign", "limits"},
     {"models", "data"},
     {"objectives", "evaluation"},
     {

@@ -5,6 +5,8 @@ from typing import Any
 
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
+from modern_llm.secrets import record_without_secrets
 
 
 def newest_checkpoint(output_dir: Path, run_name: str, final: Path, record: dict[str, Any]) -> Path | None:
@@ -13,6 +15,7 @@ def newest_checkpoint(output_dir: Path, run_name: str, final: Path, record: dict
     Raises:
         UserError: made from other inputs.
     """
+    record = record_without_secrets(record)  # as the manifest has it
     candidates = [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]
     for folder in candidates:
         manifest = read_manifest(folder)
@@ -28,7 +31,7 @@ def newest_checkpoint(output_dir: Path, run_name: str, final: Path, record: dict
         difference = first_difference({name: manifest.get(name) for name in record}, record)
         if difference is None and manifest.get("run") == run_name:
             return folder
-        why = difference or f"run_name: {manifest.get('run')!r} there, {run_name!r} now"
+        why = one_line(difference or f"run_name: {manifest.get('run')!r} there, {run_name!r} now")
         raise UserError(
             f"output_dir={str(output_dir)!r} holds {folder.name} of a run with other inputs ({why}): use another output_dir or "
             f"run_name, or remove that folder"
