@@ -7,6 +7,7 @@ manifest) and, where a run can be resumed from it, `training/` (state as safeten
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from modern_llm.config import UserError
 from modern_llm.config.base import shown
 from modern_llm.config.io import read_json
+from modern_llm.config.training import RUN_NAME
 from modern_llm.secrets import record_without_secrets
 
 MANIFEST = "modern_llm.json"
@@ -126,8 +128,10 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     wrong = [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name), kind | None)]
     wrong += ["files"] if manifest.get("files") is None else []
     if not wrong:
+        run = manifest.get("run") or "run"  # a part of the names of folders
+        wrong += [] if len(run) <= 200 and re.fullmatch(RUN_NAME, run) else ["run"]
         entries = {name: entry if isinstance(entry, dict) else {} for name, entry in manifest["files"].items()}
-        wrong = [n for n, e in entries.items() if not isinstance(e.get("size"), int) or not isinstance(e.get("sha256"), str)]
+        wrong += [n for n, e in entries.items() if not isinstance(e.get("size"), int) or not isinstance(e.get("sha256"), str)]
     if wrong:
         raise UserError(f"{path}: damaged manifest, what it says of {shown(wrong[0])}: use another checkpoint")
     return manifest

@@ -5,6 +5,7 @@ Every argument of a stage function is a key of its `--config` YAML file, and eve
 `dpo_config.beta=0.08`. Options go over the file, and both end in the same validation.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from modern_llm.config import PipelineConfig, UserError
-from modern_llm.config.base import did_you_mean, explain
+from modern_llm.config.base import did_you_mean, explain, shown
 from modern_llm.config.commands import (
     BenchArguments,
     CompareArguments,
@@ -272,6 +273,10 @@ def main(command: str | None = None) -> None:
         _fail(str(error))
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _fail(f"{shown(str(error.filename))}: no file can have so long a name")
     except KeyboardInterrupt:
         _fail("interrupted; the same command resumes from the newest checkpoint", code=130)
 

@@ -148,14 +148,18 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Weights & Biases; `WANDB_MODE=offline` writes the run to disk with no network."""
+    """Weights & Biases; `WANDB_MODE=offline` writes the run to disk with no network. It gets the numbers and nothing else."""
 
     def __init__(self, output_dir: Path, run_name: str, start_step: int) -> None:
         try:
             import wandb
         except ImportError:
             raise UserError("report_to: wandb is not installed: pip install 'modern-llm[trackers]'") from None
-        self.run = wandb.init(project="modern_llm", name=run_name, dir=str(output_dir), reinit="create_new")
+        # by itself it would send the command line, the code's address and diff, and all that is printed
+        numbers_only = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
+        self.run = wandb.init(
+            project="modern_llm", name=run_name, dir=str(output_dir), reinit="create_new", settings=numbers_only
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

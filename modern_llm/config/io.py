@@ -23,7 +23,45 @@ MOST_DIGITS = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice."""
+    """Safe YAML that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice.
+
+    What is only ever written to do harm is refused before anything is built of it.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.count = 0
+        self.open: list[tuple[str | None, int]] = []
+        """Of each collection that is being read: its anchor, and how many values there were before it."""
+        self.sizes: dict[str, int] = {}
+
+    def get_event(self) -> yaml.Event:
+        """The next piece of the file.
+
+        Raises:
+            yaml.YAMLError: nested too deeply, too much by aliases, a tag, or characters that no text has.
+        """
+        event: Any = super().get_event()
+        if isinstance(event, yaml.AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in self.open):
+                raise yaml.YAMLError(f"'*{event.anchor}' stands for what it is a part of{event.start_mark}")
+            self.count += self.sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.NodeEvent):
+            self.count += 1
+            if event.tag is not None:  # type: ignore[attr-defined]
+                raise yaml.YAMLError(f"the tag {event.tag!r}: tags are not read{event.start_mark}")  # type: ignore[attr-defined]
+            if isinstance(event, yaml.CollectionStartEvent):
+                self.open.append((event.anchor, self.count - 1))
+            elif re.search("[\0\ud800-\udfff]", event.value):  # type: ignore[attr-defined]
+                raise yaml.YAMLError(f"a text holds a character that no text has{event.start_mark}")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = self.open.pop()
+            self.sizes |= {} if anchor is None else {anchor: self.count - before}
+        if len(self.open) > MOST_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MOST_DEPTH} levels deep{event.start_mark}")
+        if self.count > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values, those that aliases repeat included{event.start_mark}")
+        return event
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -71,7 +109,6 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     try:
         text = _text(path, MOST_CONFIG_BYTES)
-        _check_events(yaml.parse(text, Loader=yaml.SafeLoader))
         content = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give the path of a YAML config file") from None
@@ -82,40 +119,6 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a mapping of fields, not {type(content).__name__}")
     return content
-
-
-def _check_events(events: Iterable[Any]) -> None:
-    """Refuse what is only ever written to do harm, before anything is built of it.
-
-    Raises:
-        yaml.YAMLError: nested too deeply, too much by aliases, a tag, or characters that no text has.
-    """
-    open_values: list[int] = []  # of each collection that is open: how many values had been counted when it opened
-    anchors: list[str | None] = []
-    sizes: dict[str, int] = {}
-    count = 0
-    for event in events:
-        if isinstance(event, yaml.CollectionEndEvent):
-            opened, anchor = open_values.pop(), anchors.pop()
-            if anchor is not None:
-                sizes[anchor] = count - opened
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor in anchors:
-                raise yaml.YAMLError(f"'*{event.anchor}' stands for what it is a part of{event.start_mark}")
-            count += sizes.get(event.anchor, 1)
-        elif isinstance(event, yaml.NodeEvent):
-            count += 1
-            if event.tag is not None:
-                raise yaml.YAMLError(f"the tag {event.tag!r}: tags are not read{event.start_mark}")
-            if isinstance(event, yaml.CollectionStartEvent):
-                open_values.append(count - 1)
-                anchors.append(event.anchor)
-            elif re.search("[\0\ud800-\udfff]", event.value):
-                raise yaml.YAMLError(f"a text holds a character that no text has{event.start_mark}")
-        if len(open_values) > MOST_DEPTH:
-            raise yaml.YAMLError(f"nested more than {MOST_DEPTH} levels deep{event.start_mark}")
-        if count > MOST_VALUES:
-            raise yaml.YAMLError(f"more than {MOST_VALUES} values, those that aliases repeat included{event.start_mark}")
 
 
 def load_config(kind: type[Config], path: Path | str) -> Config:

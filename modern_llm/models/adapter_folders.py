@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from modern_llm.checkpoint import read_manifest, sha256_of_file
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
 from modern_llm.config.io import read_json
 from modern_llm.models.adapters import NAME
 
@@ -111,10 +113,11 @@ def _named_base(folder: Path, field: str) -> Path | str:
     recorded = ((read_manifest(folder) or {}).get("parent") or {}).get("checkpoint")
     places = [folder / name, Path(name), *([Path(recorded)] if isinstance(recorded, str) and "\0" not in recorded else [])]
     for place in places:
-        if place.resolve() != folder.resolve() and (is_adapter(place) or (place / "config.json").is_file()):
-            return place
+        with suppress(OSError):  # a name that no file system takes is not there
+            if place.resolve() != folder.resolve() and (is_adapter(place) or (place / "config.json").is_file()):
+                return place
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:  # no hub id looks like this
-        looked = ", ".join(dict.fromkeys(map(str, places)))
+        looked = one_line(", ".join(dict.fromkeys(map(str, places))))
         raise UserError(f"{where}: the model under its adapters is not there (looked for {looked}): put it back")
     return name
 

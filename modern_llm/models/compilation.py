@@ -84,10 +84,10 @@ def _others_write_programs() -> str | None:
 
     if not hasattr(os, "getuid"):  # Windows has a folder for each user
         return None
-    for folder in map(Path, (cache_dir(), default_cache_dir())):  # precompiled headers are always in the second
+    for folder in map(Path, (default_cache_dir(), cache_dir())):  # precompiled headers are always in the first
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-        if folder.is_symlink() or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
             return (
                 f"others can write to {folder}, and torch runs the programs it finds there: remove it, or set TMPDIR (and "
                 f"TORCHINDUCTOR_CACHE_DIR) to a folder of your own"
