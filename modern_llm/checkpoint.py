@@ -159,7 +159,8 @@ def inside(folder: Path, name: str) -> Path:
         raise UserError(f"{folder / MANIFEST}: names {shown(name)}, which is no file of that folder: use another checkpoint")
     path, root = folder / name, folder.resolve()
     homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    if not any(path.resolve().is_relative_to(home) for home in homes):
+    real = Path(os.path.realpath(path))  # resolve() raises where links run in a circle
+    if not any(real.is_relative_to(home) for home in homes):
         raise UserError(f"{path}: a link to a file outside of the checkpoint: use another one")
     return path
 

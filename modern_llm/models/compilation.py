@@ -39,6 +39,7 @@ def compile_layers(policy: Policy, wanted: Literal["auto", "on", "off"], foresee
         enough = PAYS_AFTER_SECONDS[policy.device.type]
         if foreseen_seconds < enough:
             return f"compile: off (auto: about {foreseen_seconds:.0f} s of training, and it pays from {enough:.0f} s on)"
+    obstacle = obstacle or _others_write_programs()
     if obstacle is not None:
         if wanted == "on":
             raise UserError(f"compile='on' cannot be: {obstacle}: set it to auto or off")
@@ -72,7 +73,7 @@ def _obstacle(policy: Policy) -> str | None:
         return "gradient_checkpointing would be inside the compiled layers"
     if any(hasattr(parameter, "quant_state") for parameter in policy.parameters()):
         return "its weights are 4-bit"
-    return _no_compiler(policy.device) or _others_write_programs()
+    return _no_compiler(policy.device)
 
 
 def _others_write_programs() -> str | None:
