@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-head bench-plan check format docs clean
+.PHONY: quickstart test test-slow faults bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-head bench-plan check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -51,6 +51,9 @@ bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, pl
 
 bench-plan: .venv/.installed  ## memory and time as `plan` foresees them, against five runs; the last line is JSON
 	$(BIN)/python experiments/benchmarks/plan/run.py $(ARGS)
+
+faults: .venv/.installed-dev  ## the long form of the tests that break things on purpose; they print what they counted
+	OMP_NUM_THREADS=1 FUZZ_CASES=10000 $(BIN)/python -m pytest tests/faults/test_fuzzed_configs.py tests/faults/test_fuzzed_manifests.py -s
 
 check: .venv/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

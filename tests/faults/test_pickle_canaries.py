@@ -47,7 +47,7 @@ class Nest:
     """A folder to plant canaries in, and the file that they would write."""
 
     def __init__(self, folder: Path) -> None:
-        self.marker = folder / "a canary sang"
+        self.marker = folder / "canary-sang"
         self.pickle = pickle.dumps({"weight": Canary(self.marker)})
         self.code = f"open({str(self.marker)!r}, 'w')\nclass Stranger: ...\n"
 
@@ -358,13 +358,14 @@ def test_data_that_is_a_pickle_is_refused_or_read_as_bytes(
     assert nest.is_silent()
 
 
-def test_the_tokenizer_of_a_stage_comes_from_data_alone(tokenizer: PreTrainedTokenizerFast, nest: Nest, tmp_path: Path) -> None:
+def test_a_chat_template_reaches_neither_files_nor_the_system(
+    tokenizer: PreTrainedTokenizerFast, nest: Nest, tmp_path: Path
+) -> None:
     folder = save_start(tiny_model(tokenizer), tokenizer, tmp_path / "model")
     nest.plant(folder / "tokenizer.pkl", folder / "tokenizer.model", folder / "vocab.pkl")
     (folder / "chat_template.jinja").write_text(
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch x') }}"
+        f"{{{{ cycler.__init__.__globals__.os.system('touch {nest.marker}') }}}}{{{{ ''.__class__.__mro__ }}}}"
     )
-    with pytest.raises(UserError, match="template"):
+    with pytest.raises(UserError, match=r"template.* is unsafe"):
         run_sft(folder, training(tmp_path / "out"), CHATS)
     assert nest.is_silent()
-    assert not Path("x").exists()
