@@ -29,7 +29,7 @@ test-slow: .venv/.installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 faults: .venv/.installed-dev  ## runs killed, signalled, damaged and refused by the disk, hundreds of times; prints its counts
-	FAULT_KILLS=200 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --ignore-glob='*/test_fuzzed_*.py'
+	FAULT_KILLS=200 FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -s
 
 bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
 	$(BIN)/python experiments/benchmarks/data/run.py
