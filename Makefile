@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan check format docs clean
+.PHONY: quickstart test test-slow faults bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -23,10 +23,13 @@ quickstart: .venv/.installed  ## the whole pipeline on the built-in world, in mi
 	$(BIN)/modern-llm run configs/quickstart.yaml
 
 test: .venv/.installed-dev  ## every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults"
 
 test-slow: .venv/.installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+faults: .venv/.installed-dev  ## runs killed, signalled, damaged and refused by the disk, hundreds of times; prints its counts
+	FAULT_KILLS=200 FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -s
 
 bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
 	$(BIN)/python experiments/benchmarks/data/run.py

@@ -7,6 +7,7 @@ manifest) and, where a run can be resumed from it, `training/` (state as safeten
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modern_llm.config import UserError
+from modern_llm.config.base import shown
+from modern_llm.config.io import read_json
+from modern_llm.config.training import RUN_NAME
 from modern_llm.exit_codes import StorageError
+from modern_llm.secrets import record_without_secrets
 
 MANIFEST = "modern_llm.json"
 STATE_TENSORS = "training/state.safetensors"
@@ -47,6 +52,9 @@ def storing(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(f"{target}: could not be written: {reason}") from error
+
+
+MOST_STATE_BYTES = 2**28
 
 
 @contextmanager
@@ -149,13 +157,13 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `modern_llm.json`: the given content, versions, size and sha256 of every other file, and a hash of all this."""
+    """Write `modern_llm.json`: the content without secrets, versions, size and sha256 of every other file, and its own hash."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     }
-    seal(folder, {"format": 2, **content, "versions": versions(), "files": files})
+    seal(folder, {"format": 2, **record_without_secrets(content), "versions": versions(), "files": files})
 
 
 def seal(folder: Path, manifest: dict[str, Any]) -> None:
@@ -179,16 +187,51 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        for entry in manifest["files"].values():
-            assert isinstance(entry["size"], int)
-            assert isinstance(entry["sha256"], str)
-        own = manifest[OWN_HASH]
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise DamagedError(f"{path}: damaged manifest ({type(error).__name__}: {error})") from None
-    if own != _hash_of(manifest):
+        manifest = read_json(path, "manifest")
+    except UserError as error:
+        raise DamagedError(str(error)) from None
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name), kind | None)]
+    wrong += [name for name in ("files", OWN_HASH) if manifest.get(name) is None]
+    if not wrong:
+        run = manifest.get("run") or "run"  # a part of the names of folders
+        wrong += [] if len(run) <= 200 and re.fullmatch(RUN_NAME, run) else ["run"]
+        entries = {name: entry if isinstance(entry, dict) else {} for name, entry in manifest["files"].items()}
+        wrong += [n for n, e in entries.items() if not isinstance(e.get("size"), int) or not isinstance(e.get("sha256"), str)]
+    if wrong:
+        raise DamagedError(f"{path}: damaged manifest, what it says of {shown(wrong[0])}")
+    if manifest[OWN_HASH] != _hash_of(manifest):
         raise DamagedError(f"{path}: damaged manifest: it differs from what was saved (sha256)")
     return manifest
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("files", "versions", "config", "parent", "adapter", "inputs", "contract"), dict),
+    **dict.fromkeys(
+        ("stage", "run", "weights", "start_weights", "data", "tokenizer", "tokenizer_name", "precision", "key", OWN_HASH), str
+    ),
+    "step": int,
+}
+"""Types of what a manifest says; any of it may be missing or null."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that a folder's manifest names, which is in that folder and nowhere else.
+
+    A snapshot of the hub's cache is a folder of links to the `blobs` beside it; these are where they belong.
+
+    Raises:
+        DamagedError: the name is absolute, has `..` or other parts that lead elsewhere, or is a link out of the folder.
+    """
+    parts = name.split("/")
+    odd = not name.isprintable() or "\\" in name or ":" in name or len(name.encode()) > 1000
+    if odd or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
+        raise DamagedError(f"{folder / MANIFEST}: names {shown(name)}, which is no file of that folder")
+    path, root = folder / name, folder.resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    real = Path(os.path.realpath(path))  # resolve() raises where links run in a circle
+    if not any(real.is_relative_to(home) for home in homes):
+        raise DamagedError(f"{path}: a link to a file outside of the checkpoint")
+    return path
 
 
 def verify(folder: Path | str) -> dict[str, Any] | None:
@@ -203,7 +246,7 @@ def verify(folder: Path | str) -> dict[str, Any] | None:
     if manifest is None:
         return None
     for name, expected in manifest["files"].items():
-        path = Path(folder) / name
+        path = inside(Path(folder), name)
         if not path.is_file():
             raise DamagedError(f"{path}: missing from the checkpoint")
         if path.stat().st_size != expected["size"] or sha256_of_file(path) != expected["sha256"]:
@@ -254,8 +297,15 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` saved, tensors on the CPU."""
-    tensors = load_file(folder / STATE_TENSORS)
+    """What `save_state` saved, tensors on the CPU.
+
+    Raises:
+        UserError: one of the two files is damaged, or they do not belong together.
+    """
+    try:
+        tensors = load_file(folder / STATE_TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / STATE_TENSORS}: cannot be read ({error}): use another checkpoint") from None
 
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
@@ -264,4 +314,7 @@ def load_state(folder: Path) -> dict[str, Any]:
             return [restore(item) for item in value]
         return value
 
-    return restore(json.loads((folder / STATE_JSON).read_text(encoding="utf-8")))
+    try:
+        return restore(read_json(folder / STATE_JSON, most_bytes=MOST_STATE_BYTES))
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / STATE_JSON}: names a tensor that is not there: use another checkpoint") from None

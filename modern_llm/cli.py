@@ -5,16 +5,19 @@ Every argument of a stage function is a key of its `--config` YAML file, and eve
 `dpo_config.beta=0.08`. Options go over the file, and both end in the same validation.
 """
 
+import errno
 import os
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from modern_llm.config import PipelineConfig, UserError
-from modern_llm.config.base import did_you_mean, explain
+from modern_llm.config.base import did_you_mean, explain, shown
 from modern_llm.config.commands import (
     BenchArguments,
     CompareArguments,
@@ -33,6 +36,7 @@ from modern_llm.config.commands import (
 )
 from modern_llm.config.io import json_schema, read_yaml
 from modern_llm.exit_codes import STORAGE_FAILED, WRONG_INPUT, code_of
+from modern_llm.secrets import without_secrets
 
 USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
 
@@ -292,6 +296,7 @@ def main(command: str | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is the one bar
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries end in one line of ours
+    sys.excepthook = _print_bug
     words = sys.argv[1:]
     if command is None:
         if not words or words[0] in ("-h", "--help"):
@@ -309,15 +314,22 @@ def main(command: str | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # outside of what is saved on purpose, such as a cache of another library
-        _fail(f"{error}", STORAGE_FAILED)
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"{shown(str(error.filename))}: no file can have so long a name")
+        _fail(str(error), STORAGE_FAILED)
     except KeyboardInterrupt:  # while nothing was being trained
         _fail("interrupted; the same command goes on from the newest checkpoint", code=130)
 
 
 def _fail(message: str, code: int = WRONG_INPUT) -> NoReturn:
-    for line in message.splitlines():
+    for line in without_secrets(message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of an error that no user can put right, without secrets: messages of libraries may hold whole URLs."""
+    print(without_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from modern_llm.checkpoint import storing, write_text
 from modern_llm.config import UserError
+from modern_llm.config.io import parse_json
 from modern_llm.distributed import is_main
 from modern_llm.exit_codes import StorageError
+from modern_llm.secrets import record_without_secrets, without_secrets
 
 
 class Averages:
@@ -115,10 +117,10 @@ class RunLog:
 
     def _is_later(self, line: str, step: int) -> bool:
         try:
-            entry = json.loads(line)
-        except ValueError:  # the last line of a killed run may be cut
+            entry = parse_json(line)
+            return entry["run"] == self.run_name and entry["step"] > step
+        except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
             return True
-        return entry["run"] == self.run_name and entry["step"] > step
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -126,9 +128,9 @@ class RunLog:
             self.bar.update()
 
     def message(self, text: str) -> None:
-        """A line for the user."""
+        """A line for the user, without secrets."""
         if self.active:
-            tqdm.write(f"{self.run_name}: {text}")
+            tqdm.write(without_secrets(f"{self.run_name}: {text}"))
             sys.stdout.flush()
 
     def log(self, step: int, values: dict[str, float], shown: tuple[str, ...] | None = None) -> None:
@@ -142,9 +144,9 @@ class RunLog:
             tracker.log(step, values)
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Append an entry that is no metric, such as the rows of a batch that was skipped."""
+        """Append an entry that is no metric, such as the rows of a batch that was skipped; without secrets."""
         if self.active:
-            self._append({"run": self.run_name, **entry})
+            self._append({"run": self.run_name, **record_without_secrets(entry)})
 
     def _append(self, entry: dict[str, Any]) -> None:
         """One line more, or none: what a full disk took of it is cut off again.
@@ -186,14 +188,18 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Weights & Biases; `WANDB_MODE=offline` writes the run to disk with no network."""
+    """Weights & Biases; `WANDB_MODE=offline` writes the run to disk with no network. It gets the numbers and nothing else."""
 
     def __init__(self, output_dir: Path, run_name: str, start_step: int) -> None:
         try:
             import wandb
         except ImportError:
             raise UserError("report_to: wandb is not installed: pip install 'modern-llm[trackers]'") from None
-        self.run = wandb.init(project="modern_llm", name=run_name, dir=str(output_dir), reinit="create_new")
+        # by itself it would send the command line, the code's address and diff, and all that is printed
+        numbers_only = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
+        self.run = wandb.init(
+            project="modern_llm", name=run_name, dir=str(output_dir), reinit="create_new", settings=numbers_only
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -176,6 +176,12 @@ def test_relative_links_lead_to_files(page):
     assert not missing
 
 
+def test_the_tests_that_the_security_page_names_exist():
+    named = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert [test for file, test in named if f"\ndef {test}(" not in (ROOT / file).read_text(encoding="utf-8")] == []
+
+
 def test_every_page_is_in_the_navigation():
     class Loader(yaml.SafeLoader):
         """mkdocs' own tags are of no interest here."""

@@ -51,6 +51,21 @@ class StrictModel(BaseModel):
         return value
 
 
+def one_line(text: str, most: int = 2000) -> str:
+    """A text of any origin as one line for a terminal: cut where it is endless, characters that would steer it written out."""
+    line = " ".join(text[: 2 * most].split())
+    line = line if len(line) <= most else line[:most] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """`repr` of a value, cut where it is long; a number that Python would not write is only called one."""
+    try:
+        return one_line(repr(value), most)
+    except ValueError:  # an int of more than 4300 digits
+        return "a number of thousands of digits"
+
+
 def explain(error: ValidationError, source: str = "") -> str:
     """One line for each problem of a pydantic error: `source: field.sub: message (got value)`."""
     problems = [(_path(problem["loc"]), problem) for problem in error.errors()]
@@ -63,8 +78,8 @@ def explain(error: ValidationError, source: str = "") -> str:
         if problem["type"] == "missing":
             message = "is required and was not given"
         elif problem["type"] != "value_error":
-            message = f"{message} (got {problem['input']!r})"
-        lines.append(": ".join(part for part in (source, ".".join(path), message) if part))
+            message = f"{message} (got {shown(problem['input'])})"
+        lines.append(one_line(": ".join(part for part in (source, ".".join(path), message) if part)))
     return "\n".join(lines)
 
 

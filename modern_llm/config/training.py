@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a run may be called: the name is part of the names of folders."""
+
 Stage = Literal["pretrain", "sft", "dpo"]
 """The three stages."""
 
@@ -36,7 +39,7 @@ NO_EFFECT = (
 class TrainingConfig(StrictModel):
     """Settings shared by the three stages. A field that is None gets the stage's default from `resolve`."""
 
-    run_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_name: str | None = Field(default=None, pattern=RUN_NAME, max_length=200)
     """Name of the run; the final checkpoint is `<output_dir>/<run_name>_final`. None: the stage's name."""
     dataset_name: str | None = None
     """The data set, where no data set config is given."""

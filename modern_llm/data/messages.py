@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modern_llm.config.io import parse_json
+
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": text}`. An assistant's may carry `tool_calls`, a list of
 `{"type": "function", "function": {"name": text, "arguments": mapping}}`; a tool's may carry its `name`."""
@@ -261,6 +263,6 @@ def _call(value: Any, place: str) -> dict[str, Any]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise RowError(f"{place} is no JSON: {error}") from None

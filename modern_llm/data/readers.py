@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from modern_llm.config import UserError
+from modern_llm.config.io import parse_json
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
@@ -128,8 +129,8 @@ def _json_lines(path: Path, file: BinaryIO, bad: BadRows) -> Iterator[Row]:
         if line is None or not line.strip("\ufeff \t\r\n"):
             continue
         try:
-            values = json.loads(line.lstrip("\ufeff"))
-        except (ValueError, RecursionError) as error:
+            values = parse_json(line.lstrip("\ufeff"))
+        except ValueError as error:
             # the message's own line number is that within the line
             why = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else error
             bad(f"{place}: not JSON: {why}")
@@ -148,12 +149,10 @@ def _json_file(path: Path, file: BinaryIO, bad: BadRows) -> Iterator[Row]:
         return
     text = (_decoded(raw, str(path), bad) or "").lstrip("\ufeff")
     try:
-        found = json.loads(text) if text.strip() else []
+        found = parse_json(text) if text.strip() else []
     except json.JSONDecodeError as error:
         return bad(f"{path}, line {error.lineno}: not JSON: {error}")
-    except RecursionError:
-        return bad(f"{path}: not JSON: nested too deeply")
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # nested too deeply, or a number of thousands of digits
         return bad(f"{path}: not JSON: {error}")
     if not isinstance(found, list):
         return bad(f"{path}: must hold a list of objects, not {type(found).__name__}")

@@ -268,7 +268,10 @@ def _saved_table(path: Path, split: str) -> _Table:
 
 def _hub_table(name: str, config: SourceConfig, split: str, streaming: bool = False) -> Any:
     from datasets import load_dataset
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+    if name in _PACKAGED_DATASETS_MODULES:  # `json`, `sql`, …: load_dataset would read what lies in the working directory
+        raise UserError(f"dataset_name={name!r} is a format of the datasets library and no data set: give a file or a folder")
     try:
         with hub():
             return load_dataset(name, config.dataset_config_name, split=split, streaming=streaming)

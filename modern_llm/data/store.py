@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from modern_llm.checkpoint import publish_folder, storing
+from modern_llm.config.io import read_json
 from modern_llm.layout import Segment
 
 CACHE_VARIABLE = "MODERN_LLM_CACHE"
@@ -118,10 +119,12 @@ class Store:
             ValueError: the folder is not complete.
         """
         self.folder = folder
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         for name, size in index["files"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{folder / name} has {(folder / name).stat().st_size} bytes, not {size}")
+        if index["dtype"] not in ("uint16", "int32"):  # tokens of another type would be read as pointers (object)
+            raise ValueError(f"{folder / INDEX}: no tokens are of type {index['dtype']!r}")
         self.content: str = index["content"]
         self.report: dict[str, Any] = index["report"]
         self.tokens = _mapped(folder / "tokens.bin", np.dtype(index["dtype"]))
@@ -175,7 +178,7 @@ def stored(key: dict[str, Any], build: Callable[[Path], None]) -> Store:
     if folder.is_dir():  # it got this name when it was complete
         try:
             return Store(folder)
-        except (OSError, ValueError, KeyError, TypeError):  # damaged since
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged since
             with suppress(FileNotFoundError):  # another run saw it too and was first
                 folder.rename(folder.with_name(litter_name))
             shutil.rmtree(folder.with_name(litter_name), ignore_errors=True)

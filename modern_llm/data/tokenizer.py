@@ -16,6 +16,7 @@ from modern_llm.checkpoint import atomic_folder, read_manifest
 from modern_llm.config import UserError
 from modern_llm.data.encoder_workers import CHARACTERS_BEFORE_WORKERS, encode_batches
 from modern_llm.data.word_cache import WordCache
+from modern_llm.foreign import check_settings
 from modern_llm.hub import hub
 
 TURN_START, TURN_END, DOCUMENT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -39,8 +40,11 @@ def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
     """
     try:
         with nullcontext() if Path(name).is_dir() else hub():
+            check_settings(name, field)
             tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-    except (OSError, ValueError, HFValidationError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, HFValidationError) as error:
         known = "this folder holds no tokenizer" if Path(name).is_dir() else "no such folder, and not on the hub"
         raise UserError(
             f"{field}={str(name)!r}: {known} ({type(error).__name__}): check the spelling, or the network"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from modern_llm.checkpoint import read_manifest, sha256_of_file
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
+from modern_llm.config.io import read_json
 from modern_llm.models.adapters import NAME
 
 SETTINGS, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
@@ -85,7 +88,7 @@ def adapter_hash(folder: Path, base_weights: str, quantize: str | None) -> str:
         base_weights: hash of the model under them.
         quantize: how that was rounded.
     """
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = read_json(folder / SETTINGS, unique=False)
     settings = {name: value for name, value in settings.items() if name not in ("base_model_name_or_path", "peft_version")}
     decides = [base_weights, quantize, sha256_of_file(folder / WEIGHTS), settings]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -95,22 +98,31 @@ def base_of(folder: Path, field: str) -> Path | str:
     """The model under a folder's adapters: a folder, or a hub id.
 
     Raises:
-        UserError: the settings name none, or one that is not there.
+        UserError: the settings name none, one that is not there, or these adapters themselves, over whatever detour.
     """
+    base, seen = _named_base(folder, field), {folder.resolve()}
+    below = base
+    while is_adapter(below):
+        if Path(below).resolve() in seen:
+            raise UserError(f"{field}={str(folder)!r}: {below} is a model under itself: correct base_model_name_or_path")
+        seen.add(Path(below).resolve())
+        below = _named_base(Path(below), field)
+    return base
+
+
+def _named_base(folder: Path, field: str) -> Path | str:
     where = f"{field}={str(folder)!r}"
-    try:
-        name = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: damaged {SETTINGS} ({type(error).__name__}): use another checkpoint") from None
-    if not name:
+    name = read_json(folder / SETTINGS, SETTINGS, unique=False).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"{where}: {SETTINGS} does not say which model its adapters belong to: set base_model_name_or_path")
     recorded = ((read_manifest(folder) or {}).get("parent") or {}).get("checkpoint")
-    places = [folder / name, Path(name), *([Path(recorded)] if recorded else [])]
+    places = [folder / name, Path(name), *([Path(recorded)] if isinstance(recorded, str) and "\0" not in recorded else [])]
     for place in places:
-        if place.resolve() != folder.resolve() and (is_adapter(place) or (place / "config.json").is_file()):
-            return place
+        with suppress(OSError):  # a name that no file system takes is not there
+            if place.resolve() != folder.resolve() and (is_adapter(place) or (place / "config.json").is_file()):
+                return place
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:  # no hub id looks like this
-        looked = ", ".join(dict.fromkeys(map(str, places)))
+        looked = one_line(", ".join(dict.fromkeys(map(str, places))))
         raise UserError(f"{where}: the model under its adapters is not there (looked for {looked}): put it back")
     return name
 

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modern_llm.checkpoint import weights_hash
 from modern_llm.config import ModelConfig, UserError
+from modern_llm.config.base import one_line
+from modern_llm.foreign import check_settings
 from modern_llm.hub import hub
 from modern_llm.models.adapter_folders import (
     GENERATION,
@@ -102,6 +105,7 @@ def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedM
         raise UserError(f"{field}={str(checkpoint)!r}: no such folder")  # no hub id looks like this
     try:
         with nullcontext() if Path(checkpoint).is_dir() else hub():
+            check_settings(checkpoint, field)
             if (adapters := _adapter_folder(checkpoint)) is not None:
                 return _load_merged(adapters, field)
             return AutoModelForCausalLM.from_pretrained(
@@ -109,6 +113,20 @@ def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedM
             )
     except (OSError, HFValidationError) as error:
         raise missing_from_hub(checkpoint, field, "model", error) from None
+    except UserError:
+        raise
+    except _UNLOADABLE as error:
+        raise UserError(f"{field}={str(checkpoint)!r}: holds no model that can be loaded: {_reason(error)}") from None
+
+
+_UNLOADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, StrictDataclassError)
+"""What transformers 5.x raises for settings or weights that are no model, and for a model that brings code of its own."""
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is never run (trust_remote_code)"
+    return one_line(f"{type(error).__name__}: {error}", 300)
 
 
 def _adapter_folder(checkpoint: Path | str) -> Path | None:

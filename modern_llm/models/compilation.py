@@ -5,6 +5,9 @@ minutes for a whole body of six layers), and every kind of row shares it: sizes 
 operator.
 """
 
+import os
+import stat
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,6 +39,7 @@ def compile_layers(policy: Policy, wanted: Literal["auto", "on", "off"], foresee
         enough = PAYS_AFTER_SECONDS[policy.device.type]
         if foreseen_seconds < enough:
             return f"compile: off (auto: about {foreseen_seconds:.0f} s of training, and it pays from {enough:.0f} s on)"
+    obstacle = obstacle or _others_write_programs()
     if obstacle is not None:
         if wanted == "on":
             raise UserError(f"compile='on' cannot be: {obstacle}: set it to auto or off")
@@ -70,6 +74,27 @@ def _obstacle(policy: Policy) -> str | None:
     if any(hasattr(parameter, "quant_state") for parameter in policy.parameters()):
         return "its weights are 4-bit"
     return _no_compiler(policy.device)
+
+
+def _others_write_programs() -> str | None:
+    """Why what torch keeps of compiled programs cannot be trusted, or None; its folders are closed to others from now on.
+
+    torch 2.13 loads pickles and machine code from a folder for temporary files whose name everybody knows.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    if not hasattr(os, "getuid"):  # Windows has a folder for each user
+        return None
+    for folder in map(Path, (default_cache_dir(), cache_dir())):  # precompiled headers are always in the first
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & stat.S_IWOTH:
+            return (
+                f"others can write to {folder}, and torch runs the programs it finds there: remove it, or set TMPDIR (and "
+                f"TORCHINDUCTOR_CACHE_DIR) to a folder of your own"
+            )
+        folder.chmod(0o700)
+    return None
 
 
 def _no_compiler(device: torch.device) -> str | None:

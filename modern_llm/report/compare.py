@@ -1,6 +1,7 @@
 """Several preference losses from one start: the same pairs in the same order, one reference, one table and one plot."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from modern_llm.data.preference_datasets import held_out_pairs
 from modern_llm.evaluation.heldout import length_baselines, log_ratios, wilson_interval, win
 from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy, frozen
+from modern_llm.secrets import record_without_secrets
 from modern_llm.training.stage import dataset_or_default, open_checkpoint
 from modern_llm.training.train_dpo import run_dpo
 
@@ -103,7 +105,7 @@ def compare_losses(
     curves: dict[str, list[list[tuple[int, float]]]] = {word: [] for word in configs}
     for word, config in configs.items():
         for seed in seeds:
-            name = f"{word.replace(':', '-').replace('=', '-')}-seed{seed}"
+            name = f"{re.sub('[^A-Za-z0-9._-]', '-', word)}-seed{seed}"
             settings = train_config.model_copy(update={"output_dir": folder / name, "run_name": name, "seed": seed})
             final = run_dpo(start, settings, config, data, tokenizer_name)
             policy = frozen(Policy(load_model(final), train_config.attention))
@@ -113,7 +115,7 @@ def compare_losses(
     results = [summarize(word, np.concatenate(found), np.tile(longer_by, len(seeds))) for word, found in ratios.items()]
     baselines = length_baselines(pairs, encoder)
     content = {"start": str(start), "seeds": list(seeds), "baselines": baselines, "losses": [asdict(r) for r in results]}
-    write_text(folder / "compare.json", json.dumps(content, indent=2) + "\n")
+    write_text(folder / "compare.json", json.dumps(record_without_secrets(content), indent=2) + "\n")
     write_text(folder / "compare.md", markdown(results, baselines))
     plot(folder / "compare.png", curves, baselines["shorter_wins"])
     show(results, pairs, baselines)

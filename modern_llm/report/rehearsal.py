@@ -189,7 +189,8 @@ def _load_code(arguments: Any) -> None:
         config = AutoConfig.for_model(arguments.model.architecture)
     else:
         config = AutoConfig.from_pretrained(
-            arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint
+            arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint,
+            trust_remote_code=False,
         )
     AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined] - importing is all it does
 

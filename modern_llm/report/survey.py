@@ -43,7 +43,7 @@ def model_of_shapes(
             start = str(config.start_checkpoint)
             while Path(start).is_dir() and is_adapter(start):
                 start = base_of(Path(start), "start_checkpoint")
-            settings = AutoConfig.from_pretrained(start)
+            settings = AutoConfig.from_pretrained(start, trust_remote_code=False)
             text = settings.get_text_config()
             text.vocab_size = max(text.vocab_size, len(tokenizer))
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)

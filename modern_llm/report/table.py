@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modern_llm.checkpoint import write_text
+from modern_llm.secrets import record_without_secrets
 
 COLUMNS = {
     "perplexity": "perplexity, held-out text",
@@ -49,6 +50,6 @@ def show(stages: dict[str, dict[str, float]]) -> None:
 
 
 def write_report(path: Path, result: dict[str, Any]) -> None:
-    """Write the table as Markdown, and everything as `results.json` beside it."""
-    write_text(path.with_name("results.json"), json.dumps(result, indent=2) + "\n")
+    """Write the table as Markdown, and everything as `results.json` beside it, without secrets."""
+    write_text(path.with_name("results.json"), json.dumps(record_without_secrets(result), indent=2) + "\n")
     write_text(path, markdown(result["stages"]))

@@ -22,6 +22,7 @@ from modern_llm.data.sources import Kind, open_source
 from modern_llm.data.tokenizer import load_tokenizer, template_fingerprint
 from modern_llm.hub import commit_of
 from modern_llm.models.adapter_folders import base_of, is_adapter
+from modern_llm.secrets import record_without_secrets
 
 KINDS: dict[Stage, Kind] = {"pretrain": "text", "sft": "instructions", "dpo": "preferences"}
 MODULES: dict[Stage, str] = {"pretrain": "training.train_lm", "sft": "training.train_sft", "dpo": "training.train_dpo"}
@@ -60,7 +61,7 @@ def stage_inputs(
     data, dpo = sections["data"], sections.get("dpo")
     assert isinstance(data, DatasetConfig)
     reference = dpo.reference_checkpoint if isinstance(dpo, DPOConfig) else None
-    return {
+    found = {
         "stage": stage,
         "config": configs,
         "data": content_of(data, KINDS[stage]),
@@ -69,6 +70,7 @@ def stage_inputs(
         "tokenizer": None if tokenizer_name is None else template_fingerprint(load_tokenizer(tokenizer_name)),
         "code": {"modern_llm": code_version(MODULES[stage]), **libraries()},
     }
+    return record_without_secrets(found)  # as a manifest has it
 
 
 def key_of(inputs: dict[str, Any], any_code: bool = False) -> str:

@@ -6,7 +6,9 @@ from typing import Any
 
 from modern_llm.checkpoint import MANIFEST, DamagedError, read_manifest, verify
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
 from modern_llm.config.training import NO_EFFECT
+from modern_llm.secrets import record_without_secrets
 
 SHOWN_DIGITS = 12
 """Of a hash."""
@@ -27,6 +29,7 @@ def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None,
         UserError: made from other inputs.
     """
     damaged: list[str] = []
+    record = record_without_secrets(record)  # as the manifest has it
     output_dir, run_name = final.parent, final.name.removesuffix("_final")
     for folder in [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]:
         try:
@@ -47,7 +50,7 @@ def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None,
             continue  # left by another run, which is finished
         difference = first_difference({name: manifest.get(name) for name in record}, record)
         if difference is not None or other != run_name:
-            why = difference or f"run_name: {other!r} there, {run_name!r} now"
+            why = one_line(difference or f"run_name: {other!r} there, {run_name!r} now")
             raise UserError(
                 f"output_dir={str(output_dir)!r} holds {folder.name} of a run with other inputs ({why}): use another "
                 f"output_dir or run_name, or remove that folder"

@@ -111,7 +111,9 @@ def test_a_packed_file_that_breaks_off_is_named(tmp_path, ending, packing) -> No
     [
         ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", ": not JSON: "),  # Python reads no number of so many digits
         ("a.jsonl", b'\n{"text": ' + b"1" * 5000 + b"}", ", line 2: not JSON: "),
-        ("a.json", b"[" * 100_000, ": not JSON: nested too deeply"),
+        ("a.json", b"[" * 100_000, ": not JSON: nested more than 100 levels deep"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 101 + b"]" * 101, ", line 2: not JSON: nested more than 100 levels deep"),
+        ("a.jsonl", b'{"text": "a"}\n' + b'{"text":' * 10**5, ", line 2: not JSON: nested more than 100 levels deep"),
         ("a.csv", "größe,b\n1,2\n".encode("latin-1"), ", line 1: not UTF-8"),
         ("a.csv", b'text,b\na,b\n"a"c,b\n', ", line 3: not CSV: "),
         ("a.csv", b'text,b\na,b\n"a,b\n', ", line 3: not CSV: "),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import make_loop, random_examples, snapshot, tiny_model
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
@@ -106,3 +108,38 @@ def test_compiled_layers_train_as_the_others_do(tokenizer: PreTrainedTokenizerFa
     assert compiled.keys() == plain.keys(), "names in a checkpoint stay those of the model"
     for name, tensor in plain.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+# What torch keeps of compiled programs: pickles and machine code, in a folder whose name everybody knows
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where torch keeps them in this test."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    return Path(default_cache_dir())
+
+
+def test_compiled_programs_are_in_a_folder_that_only_the_user_can_enter(
+    programs: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert compile_layers(Policy(tiny_model(tokenizer)), "on", SHORT_RUN).startswith("compile: on")
+    assert programs.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", ["everybody may write to it", "a link"])
+def test_programs_that_others_could_have_put_there_are_not_run(
+    kind: str, programs: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    if kind == "a link":
+        programs.symlink_to(tmp_path)
+    else:
+        programs.mkdir()
+        programs.chmod(0o777)
+    policy = Policy(tiny_model(tokenizer))
+    said = compile_layers(policy, "auto", LONG_RUN)
+    assert said.startswith(f"compile: off (auto: others can write to {programs}, and torch runs the programs it finds there")
+    with pytest.raises(UserError, match="set TMPDIR"):
+        compile_layers(policy, "on", LONG_RUN)
+    assert not is_compiled(policy)

@@ -1,0 +1,77 @@
+"""Model folders of others, looked at before a library reads them: files of bounded size, weights in safetensors, no code."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from modern_llm.config import UserError
+from modern_llm.config.base import shown
+from modern_llm.config.io import read_json
+
+MOST_BYTES = 2**28
+"""Of a file with settings or a vocabulary; the largest known one (tokenizer.json of Gemma) has an eighth of it."""
+
+SETTINGS, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
+READ_BY_LIBRARIES = (
+    SETTINGS, INDEX, ADAPTER, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Fields by which a config chooses the code of its layers; `organisation/name` is code from the hub."""
+
+
+def check_settings(checkpoint: Path | str, field: str) -> None:
+    """Refuse a folder or hub id whose settings are too large, name pickles as weights, or name code.
+
+    Args:
+        checkpoint: a folder or a hub id, of which only small files are fetched.
+        field: name of the argument, for errors.
+
+    Raises:
+        UserError: naming the file and what is wrong in it.
+        OSError: not on the hub, or the hub does not answer.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(checkpoint), allow_patterns=list(READ_BY_LIBRARIES)))
+    try:
+        for name in READ_BY_LIBRARIES:
+            path = folder / name
+            if path.exists() and (not path.is_file() or path.stat().st_size > MOST_BYTES):
+                raise UserError(f"{name} is no file, or one of more than {MOST_BYTES // 2**20} MiB")
+        _check_code(_settings(folder / SETTINGS), _settings(folder / ADAPTER))
+        _check_weights(_settings(folder / INDEX))
+    except UserError as error:
+        raise UserError(f"{field}={str(checkpoint)!r}: {error}: use another checkpoint") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a file says; {} where there is none."""
+    return read_json(path, path.name, most_bytes=MOST_BYTES, unique=False) if path.is_file() else {}
+
+
+def _check_code(settings: dict[str, Any], adapter: dict[str, Any]) -> None:
+    for field, value in _fields(settings):
+        if field in KERNELS and "/" in str(value):
+            raise UserError(f"{SETTINGS} asks for code from the hub ({field}={shown(value)}), which is never run")
+    if adapter.get("megatron_config"):
+        raise UserError(f"{ADAPTER} has a megatron_config, by which peft would import what the file names")
+
+
+def _check_weights(index: dict[str, Any]) -> None:
+    """Every weight is in a safetensors file beside its index."""
+    files = index.get("weight_map", {})
+    for name in set(map(str, files.values())) if isinstance(files, dict) else [files]:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{INDEX} names {shown(name)}, which is no safetensors file of that folder")
+
+
+def _fields(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Every field of nested settings, at whatever depth."""
+    items = settings.items() if isinstance(settings, dict) else enumerate(settings) if isinstance(settings, list) else ()
+    for field, value in items:
+        yield str(field), value
+        yield from _fields(value)
