@@ -45,11 +45,13 @@ def storing(target: Path) -> Iterator[None]:
     """Inside, a failing write becomes an error that says what was to be written, and why it was not.
 
     Raises:
-        StorageError: in place of the system's error, which safetensors wraps in one of its own.
+        StorageError: in place of the system's error, which safetensors and tokenizers wrap in errors of their own.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and not (type(error) is Exception and "(os error " in str(error)):
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(f"{target}: could not be written: {reason}") from error
 

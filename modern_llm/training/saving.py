@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ class Saver:
         record: dict[str, Any],
         config: TrainingConfig,
         log: RunLog,
+        last_saved: Path | None = None,
     ) -> None:
         """
         Args:
@@ -38,11 +39,12 @@ class Saver:
             record: what every manifest says.
             config: resolved.
             log: told of what could not be saved.
+            last_saved: the checkpoint that the run goes on from.
         """
         assert config.output_dir is not None
         self.model, self.record, self.config, self.log = model, record, config, log
         self.folder = config.output_dir / "checkpoints"
-        self.last_saved: Path | None = None
+        self.last_saved = last_saved
         self.pending: Future[None] | None = None
         make_savable(model)
         assert model.generation_config is not None
@@ -156,7 +158,7 @@ class Saver:
 
 def _files_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
     """A tokenizer's files: they stay the same, and large ones take a second to make."""
-    with TemporaryDirectory() as folder:
+    with folders.storing(Path(gettempdir())), TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         return {str(path.relative_to(folder)): path.read_bytes() for path in found}

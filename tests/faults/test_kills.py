@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
-from harness import Attempt, Bench
+from harness import Attempt, Bench, litter
 from scenarios import NAMES, ONE_OF_EACH_STAGE
 
 KILLS = int(os.environ.get("FAULT_KILLS", "8"))
@@ -65,7 +65,7 @@ def disturb(bench: Bench, name: str, chance: random.Random, aim: str, cold: bool
         last = bench.attempt(name, folder, cold=cold, changes=CHANGES)
         if _was_killed(last, tally, name) or last.code:
             return
-    tally.losses += [f"{name}: {loss}" for loss in bench.losses(name, folder)]
+    tally.losses += [f"{name}: {loss}" for loss in [*bench.losses(name, folder), *litter(folder / "run")]]
 
 
 def _was_killed(found: Attempt, tally: Tally, name: str) -> bool:
