@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
 from modern_llm.data.messages import Chat, Message, RowError
 from modern_llm.data.tokenizer import TextEncoder
 
@@ -27,6 +28,8 @@ SPECIAL = ("\n", "</think>")
 FIXED_DAY = "{%- macro strftime_now(format) -%}2024-07-26{%- endmacro -%}"
 """What stands before a template that asks for today's date (gpt-oss, Llama 3.1): tokens must not depend on when they are made.
 A macro, because transformers 5.x turns functions among the template's arguments into text."""
+_TEMPLATE_FAILS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template's own mistakes raise: it is a program of somebody else's."""
 HARMLESS = ("Hello there", "Good morning.", "Thank you", "Bye.")
 
 
@@ -194,9 +197,9 @@ class ChatEncoder:
                     chat_template=self._template,
                 )
             )
-        except TemplateError as error:
+        except _TEMPLATE_FAILS as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise RowError(f"the tokenizer's chat template refuses a chat of {roles}: {error}") from None
+            raise RowError(f"the tokenizer's chat template refuses a chat of {roles}: {one_line(str(error), 500)}") from None
 
     @functools.cached_property
     def _generation_prompt(self) -> str:

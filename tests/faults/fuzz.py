@@ -16,6 +16,8 @@ from typing import Any
 from modern_llm.config import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
+FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
+"""Number of the first case; with `FUZZ_CASES=1` it shows one case again."""
 SECONDS_TO_ANSWER = 20
 """Far more than any case takes; a case that needs it hangs."""
 
@@ -140,7 +142,7 @@ def try_cases(number: int, write: Callable[[int], str], read: Callable[[], None]
         folder: the only place that may be written to.
     """
     counts = Counts()
-    for case in range(number):
+    for case in range(FIRST, FIRST + number):
         named = write(case)
         counts.cases += 1
         try:

@@ -358,14 +358,24 @@ def test_data_that_is_a_pickle_is_refused_or_read_as_bytes(
     assert nest.is_silent()
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ cycler.__init__.__globals__.os.system('touch MARKER') }}", "is unsafe"),
+        ("{% for c in ''.__class__.__mro__[1].__subclasses__() %}{{ c }}{% endfor %}", "is unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages + 1 }}", "can only concatenate"),
+    ],
+)
 def test_a_chat_template_reaches_neither_files_nor_the_system(
-    tokenizer: PreTrainedTokenizerFast, nest: Nest, tmp_path: Path
+    template: str, reason: str, tokenizer: PreTrainedTokenizerFast, nest: Nest, tmp_path: Path
 ) -> None:
     folder = save_start(tiny_model(tokenizer), tokenizer, tmp_path / "model")
     nest.plant(folder / "tokenizer.pkl", folder / "tokenizer.model", folder / "vocab.pkl")
-    (folder / "chat_template.jinja").write_text(
-        f"{{{{ cycler.__init__.__globals__.os.system('touch {nest.marker}') }}}}{{{{ ''.__class__.__mro__ }}}}"
-    )
-    with pytest.raises(UserError, match=r"template.* is unsafe"):
+    (folder / "chat_template.jinja").write_text(template.replace("MARKER", str(nest.marker)))
+    with pytest.raises(UserError, match=f"template.*{reason}"):
         run_sft(folder, training(tmp_path / "out"), CHATS)
     assert nest.is_silent()
