@@ -64,7 +64,7 @@ def test_broken_manifests_are_read_or_refused_by_name(place: str, run: Path, mon
         final = run / ("sft_final" if place == "sft_final" else "absent_final")
         for reader in (
             lambda: verify(folder),
-            lambda: newest_checkpoint(run, "sft", final, record),
+            lambda: newest_checkpoint(final, record),
             lambda: base_of(folder, "sft_checkpoint"),
             lambda: adapter_section(folder),
         ):

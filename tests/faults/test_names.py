@@ -9,7 +9,7 @@ import pytest
 from fuzz import watched_writes
 from huggingface_hub import constants
 
-from modern_llm.checkpoint import MANIFEST, inside, read_manifest, verify, write_manifest
+from modern_llm.checkpoint import MANIFEST, inside, read_manifest, seal, verify, write_manifest
 from modern_llm.config import InstructionDatasetConfig, TrainingConfig, UserError
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.training.train_sft import run_sft
@@ -46,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(name: str, checkpoint: Path) -> None:
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     manifest["files"][name] = {"size": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    seal(checkpoint, manifest)
     with pytest.raises(UserError, match="is no file of that folder") as refused:
         verify(checkpoint)
     assert str(refused.value).startswith(f"{checkpoint / MANIFEST}: ")

