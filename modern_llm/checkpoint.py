@@ -101,8 +101,10 @@ def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder such that nobody finds half of it under its name."""
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_SCRATCH, dir=folder.parent))
-    folder.rename(aside / folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        folder.rename(aside / folder.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_litter(folder: Path) -> None:

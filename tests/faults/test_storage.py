@@ -6,6 +6,7 @@ the size of files makes the system itself refuse writes, also those of libraries
 
 import errno
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ def intact(folder: Path, before: dict[str, bytes]) -> None:
     assert litter(folder / "run", folder / "cache") == []
 
 
-def fails_once(bench: Bench, name: str, cold: bool = False, changes: dict[str, str] | None = None, **fault: Any) -> Attempt:
+def fails_once(bench: Bench, name: str, cold: bool = False, changes: dict[str, Any] | None = None, **fault: Any) -> Attempt:
     """Let a run fail that goes on from step 2, look at what it leaves, and let it end."""
     folder = bench.stopped_copy(name, 2)
     before = tree(folder / "run/checkpoints")
     found = bench.attempt(name, folder, cold=cold, changes={**CHANGES, **(changes or {})}, **fault)
-    intact(folder, before)
+    is_kept = "keep_checkpoints" not in (changes or {})
+    intact(folder, before if is_kept else {})
+    assert periodic(folder)
     if found.code:
         says(found)
         bench.finish(name, folder, cold=cold)
@@ -78,37 +81,39 @@ def test_the_final_save_may_not(bench: Bench) -> None:
     says(found, os.strerror(errno.ENOSPC))
 
 
+def sweep(bench: Bench, name: str, **options: Any) -> Counter[int]:
+    """Let one change of the file system after another fail, each in a run of its own; how often a run ended with which code."""
+    codes: Counter[int] = Counter()
+    while (found := fails_once(bench, name, count=codes.total() + 1, do=[ERRORS[codes.total() % 4]], **options)).hit:
+        codes[found.code] += 1
+    assert found.code == 0
+    return codes
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(("name", "lasting"), [*((name, False) for name in ONE_OF_EACH_STAGE), (NAMES[1], True)])
 def test_every_change_of_the_file_system_may_fail(
     bench: Bench, name: str, lasting: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also those of the build of a cache and of the reference pass."""
-    sites, stopped, unhit = 0, 0, False
-    while not unhit:
-        error = ERRORS[sites % len(ERRORS)]
-        found = fails_once(bench, name, cold=True, at="event", count=sites + 1, do=[error], lasting=lasting)
-        unhit = not found.hit
-        sites += found.hit
-        stopped += found.code == STORAGE_FAILED
+    codes = sweep(bench, name, cold=True, at="event", lasting=lasting)
     with capsys.disabled():
-        how = "from then on" if lasting else "once"
-        print(f"\n{name}, {how}: sites={sites} stopped={stopped} went_on={sites - stopped} losses=0")
-    assert found.code == 0
-    assert sites > 30
+        print(f"\n{name}, {'from then on' if lasting else 'once'}: sites={codes.total()} codes={dict(codes)} losses=0")
+    assert codes.total() > 30
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ONE_OF_EACH_STAGE)
 def test_every_change_of_the_file_system_may_fail_where_a_failed_save_is_a_warning(bench: Bench, name: str) -> None:
-    sites, warned, unhit = 0, 0, False
-    while not unhit:
-        fault = {"at": "save", "count": sites + 1, "do": [ERRORS[sites % len(ERRORS)]]}
-        found = fails_once(bench, name, changes={"on_save_error": "warn"}, **fault)
-        unhit = not found.hit
-        sites += found.hit
-        warned += found.hit and found.code == 0
-    assert 0 < warned < sites, "one of two saves is periodic"
+    codes = sweep(bench, name, changes={"on_save_error": "warn"}, at="save")
+    assert codes[0] > 10, "one of two saves is periodic"
+    assert codes[STORAGE_FAILED] > 10, "and one the final one"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ONE_OF_EACH_STAGE)
+def test_every_change_of_the_file_system_may_fail_where_old_checkpoints_are_removed(bench: Bench, name: str) -> None:
+    assert sweep(bench, name, changes={"keep_checkpoints": 1}, at="save").total() > 30
 
 
 # A limit on the size of files, which the system holds itself
