@@ -133,9 +133,10 @@ class Fault:
 
         @functools.wraps(original)
         def marked(*args: Any, **kwargs: Any) -> Any:
+            around = PHASES[self.board.phase]
             with self._phase(phase, after):
-                if phase == "forward":  # of training, or the middle of an evaluation or a reference pass
-                    self.reach(PHASES[self.board.phase])
+                if phase == "forward" and around in ("training", "evaluation", "reference"):  # and not a check before
+                    self.reach("forward" if around == "training" else around)
                 elif phase == "optimizer step":
                     self.reach(phase)
                 return original(*args, **kwargs)
@@ -146,8 +147,9 @@ class Fault:
         original = torch.Tensor.backward
 
         def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            with self._phase("backward", None):
+            if PHASES[self.board.phase] == "training":
                 loss.register_hook(lambda _: self.reach("backward"))
+            with self._phase("backward", None):
                 original(loss, *args, **kwargs)
 
         torch.Tensor.backward = backward  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ from scenarios import NAMES, ONE_OF_EACH_STAGE
 
 RUN_AGAIN = 75
 SIGNALS = ("SIGTERM", "SIGINT")
-INSIDE = {"forward": 5, "backward": 5, "optimizer step": 3, "save": 12, "evaluation": 2}
+INSIDE = {"forward": 5, "backward": 4, "optimizer step": 3, "save": 12, "evaluation": 2}
 """Places, and the how-many-th time. An evaluation has two forward passes or more."""
 
 
