@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow faults bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-head bench-plan check format docs clean
+.PHONY: quickstart test test-slow faults bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -45,6 +45,9 @@ bench-time-to-loss: .venv/.installed-bench  ## when a loss is reached, against t
 
 bench-scaling: .venv/.installed  ## cost at 1×, 4× and 16× the rows, with ARGS="…" for options; the last line is JSON
 	$(BIN)/python experiments/benchmarks/scaling/run.py $(ARGS)
+
+bench-saving: .venv/.installed  ## what checkpoints cost a run; the last line is JSON
+	$(BIN)/python experiments/benchmarks/saving/run.py $(ARGS)
 
 bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, plain; the last line is JSON
 	$(BIN)/python experiments/benchmarks/head/run.py

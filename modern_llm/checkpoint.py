@@ -25,26 +25,52 @@ from modern_llm.config import UserError
 from modern_llm.config.base import shown
 from modern_llm.config.io import read_json
 from modern_llm.config.training import RUN_NAME
+from modern_llm.exit_codes import StorageError
 from modern_llm.secrets import record_without_secrets
 
 MANIFEST = "modern_llm.json"
 STATE_TENSORS = "training/state.safetensors"
 STATE_JSON = "training/state.json"
+OWN_HASH = "manifest_sha256"
 _TENSOR = "$tensor"
 MOST_STATE_BYTES = 2**28
+_SCRATCH = ".partial"
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was saved."""
+
+
+@contextmanager
+def storing(target: Path) -> Iterator[None]:
+    """Inside, a failing write becomes an error that says what was to be written, and why it was not.
+
+    Raises:
+        StorageError: in place of the system's error, which safetensors wraps in one of its own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StorageError(f"{target}: could not be written: {reason}") from error
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name when the block ends without an error, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        scratch.chmod(0o755)  # mkdtemp makes it private; a checkpoint is read by others
-        yield scratch
-        publish_folder(scratch, target, replace=True)  # the same step may be saved again after a resume
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    """A temporary folder beside `target` that takes its name when the block ends without an error, and vanishes otherwise.
+
+    Raises:
+        StorageError: something could not be written; what had the name before is as it was.
+    """
+    with storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SCRATCH, dir=target.parent))
+        try:
+            scratch.chmod(0o755)  # mkdtemp makes it private; a checkpoint is read by others
+            yield scratch
+            publish_folder(scratch, target, replace=True)  # the same step may be saved again after a resume
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
@@ -59,7 +85,7 @@ def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
         _sync(path)
     _sync(scratch)
     if replace and target.exists():
-        shutil.rmtree(target)
+        remove_folder(target)
     try:
         scratch.rename(target)
     except OSError:
@@ -68,13 +94,37 @@ def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
     _sync(target.parent)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder such that nobody finds half of it under its name."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_SCRATCH, dir=folder.parent))
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder; only for who is alone in writing there."""
+    for path in folder.glob(f".*{_SCRATCH}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    _sync(scratch)
-    scratch.replace(path)
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        StorageError: it could not be written; the old content is there.
+    """
+    scratch = path.with_name(f".{path.name}{_SCRATCH}")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            _sync(scratch)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -105,44 +155,67 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `modern_llm.json`: the given content without secrets, versions, and size and sha256 of every other file."""
+    """Write `modern_llm.json`: the content without secrets, versions, size and sha256 of each file, and a hash of all this."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
-    text = json.dumps({"format": 1, **record_without_secrets(content), "versions": versions(), "files": files}, indent=2)
+    seal(folder, {"format": 2, **record_without_secrets(content), "versions": versions(), "files": files})
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its own hash."""
+    text = json.dumps({**manifest, OWN_HASH: _hash_of(manifest)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _hash_of(manifest: dict[str, Any]) -> str:
+    without = {name: value for name, value in manifest.items() if name != OWN_HASH}
+    return hashlib.sha256(json.dumps(without, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any] | None:
     """The manifest of one of our folders; None for any other model folder or a hub id.
 
     Raises:
-        UserError: the manifest is damaged.
+        DamagedError: the manifest is not what was saved.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
-    manifest = read_json(path, "manifest")
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name), kind | None)]
-    wrong += ["files"] if manifest.get("files") is None else []
-    if not wrong:
-        run = manifest.get("run") or "run"  # a part of the names of folders
-        wrong += [] if len(run) <= 200 and re.fullmatch(RUN_NAME, run) else ["run"]
-        entries = {name: entry if isinstance(entry, dict) else {} for name, entry in manifest["files"].items()}
-        wrong += [n for n, e in entries.items() if not isinstance(e.get("size"), int) or not isinstance(e.get("sha256"), str)]
-    if wrong:
-        raise UserError(f"{path}: damaged manifest, what it says of {shown(wrong[0])}: use another checkpoint")
+    try:
+        manifest = read_json(path, "manifest")
+    except UserError as error:
+        raise DamagedError(str(error)) from None
+    wrong = next(_misshapen(manifest), None)
+    if wrong is not None:
+        raise DamagedError(f"{path}: damaged manifest, what it says of {shown(wrong)}")
+    if manifest[OWN_HASH] != _hash_of(manifest):
+        raise DamagedError(f"{path}: damaged manifest: it differs from what was saved (sha256)")
     return manifest
 
 
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("files", "versions", "config", "parent", "adapter"), dict),
-    **dict.fromkeys(("stage", "run", "weights", "start_weights", "data", "tokenizer", "tokenizer_name", "precision"), str),
-    "step": int,
-}
-"""Types of what a manifest says; any of it may be missing or null."""
+_OBJECTS = ("versions", "config", "parent", "adapter", "inputs", "contract")
+_TEXTS = ("stage", "run", "weights", "start_weights", "data", "tokenizer", "tokenizer_name", "precision", "key")
+
+
+def _misshapen(manifest: dict[str, Any]) -> Iterator[str]:
+    """What a manifest says in another form than ours do. It may have been written by anyone, hash included."""
+    for kind, names in ((dict, _OBJECTS), (str, _TEXTS), (int, ("step",))):
+        yield from (name for name in names if not isinstance(manifest.get(name), kind | None))
+    run, key = manifest.get("run") or "run", manifest.get("key") or "0"
+    if len(run) > 200 or not re.fullmatch(RUN_NAME, run):  # a part of the names of folders, as the key is
+        yield "run"
+    if not re.fullmatch("[0-9a-f]{1,64}", key):
+        yield "key"
+    if not isinstance(manifest.get(OWN_HASH), str):
+        yield OWN_HASH
+    files = manifest.get("files")
+    for name, entry in files.items() if isinstance(files, dict) else (("files", None),):
+        known = entry if isinstance(entry, dict) else {}
+        if not isinstance(known.get("size"), int) or not isinstance(known.get("sha256"), str):
+            yield name
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -151,45 +224,65 @@ def inside(folder: Path, name: str) -> Path:
     A snapshot of the hub's cache is a folder of links to the `blobs` beside it; these are where they belong.
 
     Raises:
-        UserError: the name is absolute, has `..` or other parts that lead elsewhere, or is a link out of the folder.
+        DamagedError: the name is absolute, has `..` or other parts that lead elsewhere, or is a link out of the folder.
     """
     parts = name.split("/")
     odd = not name.isprintable() or "\\" in name or ":" in name or len(name.encode()) > 1000
     if odd or any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts):
-        raise UserError(f"{folder / MANIFEST}: names {shown(name)}, which is no file of that folder: use another checkpoint")
+        raise DamagedError(f"{folder / MANIFEST}: names {shown(name)}, which is no file of that folder")
     path, root = folder / name, folder.resolve()
     homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     real = Path(os.path.realpath(path))  # resolve() raises where links run in a circle
     if not any(real.is_relative_to(home) for home in homes):
-        raise UserError(f"{path}: a link to a file outside of the checkpoint: use another one")
+        raise DamagedError(f"{path}: a link to a file outside of the checkpoint")
     return path
 
 
-def verify(folder: Path | str) -> None:
-    """Compare every file of one of our folders with its manifest; other folders pass.
+def verify(folder: Path | str) -> dict[str, Any] | None:
+    """Compare every file of one of our folders with its manifest, and return that; other folders pass, with None.
+
+    Notes (`*.md`) and hidden files beside those of the manifest are left alone.
 
     Raises:
-        UserError: a file is missing or differs, by name.
+        DamagedError: a file is missing, differs, or is one that was not saved there, by name.
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        return
+        return None
     for name, expected in manifest["files"].items():
         path = inside(Path(folder), name)
         if not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint: use another one")
+            raise DamagedError(f"{path}: missing from the checkpoint")
         if path.stat().st_size != expected["size"] or sha256_of_file(path) != expected["sha256"]:
-            raise UserError(f"{path}: differs from what was saved (size or sha256): use another checkpoint")
+            raise DamagedError(f"{path}: differs from what was saved (size or sha256)")
+    for path in sorted(Path(folder).rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and name not in {*manifest["files"], MANIFEST} and path.suffix != ".md" and name[0] != ".":
+            raise DamagedError(f"{path}: was not saved with this checkpoint, and could change how it loads: take it out")
+    return manifest
+
+
+def copied(state: Any) -> Any:
+    """A nested state with copies of its tensors on the host, which training can go on without changing."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu().clone() if state.device.type == "cpu" else state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: copied(item) for key, item in state.items()}
+    return [copied(item) for item in state] if isinstance(state, list) else state
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Save a nested dict of tensors, numbers, strings, lists and None as one safetensors and one JSON file."""
     tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
 
     def describe(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
             unique = f"{len(tensors)}:{name}"  # a slash in a key could make two names one
-            tensors[unique] = value.detach().cpu().contiguous().clone()
+            whole = value.detach().cpu().contiguous()
+            shares = whole.untyped_storage().nbytes() != whole.nbytes or whole.untyped_storage().data_ptr() in memory
+            tensors[unique] = whole.clone() if shares else whole  # safetensors refuses tensors that share memory
+            memory.add(tensors[unique].untyped_storage().data_ptr())
             return {_TENSOR: unique}
         if isinstance(value, dict):
             assert all(isinstance(key, str) and key != _TENSOR for key in value), (

@@ -1,5 +1,5 @@
-"""The command line: `modern-llm run | pretrain | sft | dpo | plan | bench | compare-losses | inspect | export | tokenizer |
-schema`.
+"""The command line: `modern-llm run | pretrain | sft | dpo | plan | bench | compare-losses | inspect | verify | diff | replay |
+export | tokenizer | schema`.
 
 Every argument of a stage function is a key of its `--config` YAML file, and every key is an option: `--dpo-config.beta 0.08` or
 `dpo_config.beta=0.08`. Options go over the file, and both end in the same validation.
@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 import traceback
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -20,22 +21,27 @@ from modern_llm.config.base import did_you_mean, explain, shown
 from modern_llm.config.commands import (
     BenchArguments,
     CompareArguments,
+    DiffArguments,
     DPOArguments,
     ExportArguments,
     InspectArguments,
     PlanArguments,
     PretrainArguments,
+    ReplayArguments,
     SFTArguments,
     TokenizerArguments,
+    VerifyArguments,
     as_pipeline,
     kind_of_file,
 )
 from modern_llm.config.io import json_schema, read_yaml
+from modern_llm.exit_codes import STORAGE_FAILED, WRONG_INPUT, code_of
 from modern_llm.secrets import without_secrets
 
 USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
 
-  run FILE   the whole pipeline of a YAML file: pretrain, SFT, DPO, and a table of what each learned
+  run FILE   the whole pipeline of a YAML file: pretrain, SFT, DPO, and a table of what each learned; what is there already is
+             reused (--dry-run: only say what would run, and why)
   pretrain   train a model from random weights on documents
   sft        fine-tune a checkpoint on demonstrations
   dpo        train a checkpoint on preference pairs
@@ -43,6 +49,9 @@ USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VA
   bench      what this machine can do: matrix products and copies
   compare-losses FILE   train one start with several preference losses, and put them in one table
   inspect FILE   what the data of a pipeline file becomes: counts, and rows as colours
+  verify CHECKPOINT   hash a checkpoint, its ancestors and their data again, and print the chain
+  diff CHECKPOINT CHECKPOINT   why two checkpoints differ
+  replay BATCH   run a batch that was skipped through a checkpoint: which rows are not finite
   export CHECKPOINT   one plain model folder from a checkpoint: adapters merged, weights in bf16
   tokenizer  train a tokenizer on documents
   schema     print the JSON Schema of a pipeline file, for editors
@@ -166,10 +175,14 @@ def _dpo(words: list[str]) -> None:
 def _run(words: list[str]) -> None:
     if words and not words[0].startswith("-") and "=" not in words[0]:
         words = ["--config", *words]
-    config = parse(PipelineConfig, "run", words)
-    from modern_llm.pipeline import run_pipeline
+    only_plan = "--dry-run" in words
+    config = parse(PipelineConfig, "run", [word for word in words if word != "--dry-run"])
+    from modern_llm.pipeline import plan_pipeline, run_pipeline
 
-    run_pipeline(config)
+    if only_plan:
+        print(*plan_pipeline(config), sep="\n")
+    else:
+        run_pipeline(config)
 
 
 def _tokenizer(words: list[str]) -> None:
@@ -236,6 +249,33 @@ def _bench(words: list[str]) -> None:
     bench(a.seconds, a.as_json)
 
 
+def _verify(words: list[str]) -> None:
+    checkpoint = _file_first("verify", words, VerifyArguments, "experiments/runs/quickstart/dpo/dpo_final", "checkpoint")
+    parse(VerifyArguments, "verify CHECKPOINT", words[1:])
+    from modern_llm.lineage import verify_lineage
+
+    verify_lineage(Path(checkpoint))
+
+
+def _diff(words: list[str]) -> None:
+    first = _file_first("diff", words, DiffArguments, "runs/a/sft_final runs/b/sft_final", "checkpoint")
+    second = _file_first("diff", words[1:], DiffArguments, "runs/a/sft_final runs/b/sft_final", "second checkpoint")
+    parse(DiffArguments, "diff CHECKPOINT CHECKPOINT", words[2:])
+    from modern_llm.lineage import explain_difference
+
+    print(*explain_difference(Path(first), Path(second)), sep="\n")
+
+
+def _replay(words: list[str]) -> None:
+    batch = _file_first(
+        "replay", words, ReplayArguments, "runs/sft/skipped/step-000123 --checkpoint runs/sft/sft_final", "batch"
+    )
+    a = parse(ReplayArguments, "replay BATCH", words[1:])
+    from modern_llm.report.replay import replay
+
+    replay(Path(batch), a.checkpoint)
+
+
 def _schema(words: list[str]) -> None:
     print(json_schema(PipelineConfig))
 
@@ -243,12 +283,12 @@ def _schema(words: list[str]) -> None:
 COMMANDS = {
     "run": _run, "pretrain": _pretrain, "sft": _sft, "dpo": _dpo, "compare-losses": _compare_losses,
     "inspect": _inspect, "tokenizer": _tokenizer, "schema": _schema, "plan": _plan, "bench": _bench,
-    "export": _export,
+    "export": _export, "verify": _verify, "diff": _diff, "replay": _replay,
 }  # fmt: skip
 
 
 def main(command: str | None = None) -> None:
-    """Run a command; errors that the user can put right are one line each and exit code 2.
+    """Run a command; errors that the user can put right are one line each. Exit codes: `modern_llm.exit_codes`.
 
     Args:
         command: set by `python -m modern_llm.training.train_dpo` and its siblings; else the first word.
@@ -270,18 +310,18 @@ def main(command: str | None = None) -> None:
     except ValidationError as error:
         _fail(explain(error))
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), code_of(error))
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        _fail(f"{shown(str(error.filename))}: no file can have so long a name")
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command resumes from the newest checkpoint", code=130)
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(f"{shown(str(error.filename))}: no file can have so long a name")
+        _fail(f"{error}", STORAGE_FAILED)  # outside of what is saved on purpose, such as a cache of another library
+    except KeyboardInterrupt:  # while nothing was being trained
+        _fail("interrupted; the same command goes on from the newest checkpoint", code=130)
 
 
-def _fail(message: str, code: int = 2) -> NoReturn:
+def _fail(message: str, code: int = WRONG_INPUT) -> NoReturn:
     for line in without_secrets(message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code)

@@ -10,6 +10,7 @@ from modern_llm.config import UserError
 from modern_llm.config.commands import ExportType
 from modern_llm.data.tokenizer import template_fingerprint
 from modern_llm.models.build import make_savable, start_hash
+from modern_llm.training.contract import contract
 from modern_llm.training.stage import open_checkpoint
 
 TYPES: dict[ExportType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,7 +52,11 @@ def export_checkpoint(checkpoint: Path | str, output_dir: Path, dtype: ExportTyp
         make_savable(model)
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        more = {"tokenizer_name": tokenizer_name, "weights": folders.weights_hash(model)}
+        more = {
+            "tokenizer_name": tokenizer_name,
+            "weights": folders.weights_hash(model),
+            "contract": contract(model, tokenizer),
+        }
         folders.write_manifest(scratch, {**record, **more})
     return output_dir
 

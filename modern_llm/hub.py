@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import constants
+from huggingface_hub import constants, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import get_session
 
 SECONDS_TO_ANSWER = 5.0
@@ -29,3 +30,18 @@ def _answers() -> bool:
     except Exception:  # whatever the client of this version of huggingface_hub raises: no name, no route, no proxy, too slow
         return False
     return True
+
+
+def commit_of(model: str) -> str | None:
+    """The commit of a hub model that would be loaded: the hub's newest, or that of the local cache where it does not answer."""
+    with hub():
+        if not constants.HF_HUB_OFFLINE:
+            try:
+                return model_info(model).sha
+            except (HfHubHTTPError, HFValidationError, OSError):  # renamed, private, or gone: the cache may still have it
+                pass
+        try:
+            cached = try_to_load_from_cache(model, "config.json")
+        except HFValidationError:
+            return None
+    return cached.split("/snapshots/")[1].split("/")[0] if isinstance(cached, str) else None

@@ -1,6 +1,8 @@
 """Where a run's numbers go: the console, `metrics.jsonl`, and trackers."""
 
+import errno
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,10 +11,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from modern_llm.checkpoint import write_text
+from modern_llm.checkpoint import storing, write_text
 from modern_llm.config import UserError
 from modern_llm.config.io import parse_json
 from modern_llm.distributed import is_main
+from modern_llm.exit_codes import StorageError
 from modern_llm.secrets import record_without_secrets, without_secrets
 
 
@@ -59,14 +62,32 @@ def log_line(step: int, values: dict[str, float]) -> str:
 class RunLog:
     """Prints, draws the progress bar on a terminal, appends to `metrics.jsonl` and feeds trackers; rank 0 only."""
 
-    def __init__(self, output_dir: Path, run_name: str, total_steps: int, start_step: int, report_to: tuple[str, ...]) -> None:
-        self.run_name = run_name
+    def __init__(
+        self,
+        output_dir: Path,
+        run_name: str,
+        total_steps: int,
+        start_step: int,
+        report_to: tuple[str, ...],
+        lenient: bool = False,
+    ) -> None:
+        """
+        Args:
+            output_dir: folder of the run.
+            run_name: stands in every entry.
+            total_steps: of the run.
+            start_step: entries of this run after it are dropped: they are about to be written again.
+            report_to: trackers.
+            lenient: whether an entry that cannot be written is only reported.
+        """
+        self.run_name, self.lenient = run_name, lenient
         self.active = is_main()
         self.path = output_dir / "metrics.jsonl"
         self.trackers: list[Any] = []
         if not self.active:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
+        with storing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
         self._forget_after(start_step)
         self.trackers = [_TRACKERS[name](output_dir, run_name, start_step) for name in report_to]
         self.bar = tqdm(
@@ -118,16 +139,35 @@ class RunLog:
             return
         tqdm.write(log_line(step, values if shown is None else {n: values[n] for n in shown if n in values}))
         sys.stdout.flush()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": self.run_name, "step": step, **values, "time": time.time()}) + "\n")
+        self._append({"run": self.run_name, "step": step, **values, "time": time.time()})
         for tracker in self.trackers:
             tracker.log(step, values)
 
     def record(self, entry: dict[str, Any]) -> None:
         """Append an entry that is no metric, such as the rows of a batch that was skipped; without secrets."""
         if self.active:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"run": self.run_name, **record_without_secrets(entry)}) + "\n")
+            self._append({"run": self.run_name, **record_without_secrets(entry)})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        """One line more, or none: what a full disk took of it is cut off again.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        try:
+            with storing(self.path), self.path.open("ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                line = (json.dumps(entry) + "\n").encode()
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except StorageError as error:
+            if not self.lenient:
+                raise
+            self.message(f"WARNING: {error}; going on without this line (on_save_error: warn)")
 
 
 class _TensorBoard:

@@ -1,20 +1,30 @@
-"""Pretrain → SFT → DPO in one call: each stage starts from the checkpoint of the one before, then all are measured."""
+"""Pretrain → SFT → DPO in one call: each stage starts from the checkpoint of the one before, and is measured when it is done.
 
+It is a build system: a stage whose inputs are the same as those of a result that is there is not run again.
+"""
+
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modern_llm import distributed
-from modern_llm.config import PipelineConfig
-from modern_llm.config.io import plain
+from modern_llm.checkpoint import write_text
+from modern_llm.config import PipelineConfig, StrictModel, TrainingConfig
+from modern_llm.config.io import plain, read_json
 from modern_llm.config.training import Stage
-from modern_llm.evaluation.stages import held_out, measure
+from modern_llm.evaluation.stages import HeldOut, held_out, measure
+from modern_llm.exit_codes import GateError, Stopped
 from modern_llm.report.table import show, write_report
+from modern_llm.reuse import Decision, decide, place_of, settle
+from modern_llm.secrets import record_without_secrets
+from modern_llm.training.inputs import KINDS, code_version, content_of, deciding, identity, libraries, stage_inputs
 from modern_llm.training.train_dpo import run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft
 
-__all__ = ["PipelineConfig", "PipelineResult", "run_pipeline"]
+__all__ = ["PipelineConfig", "PipelineResult", "plan_pipeline", "run_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -29,60 +39,190 @@ class PipelineResult:
     """The table as Markdown; `results.json` beside it holds everything."""
 
 
+@dataclass
+class _Progress:
+    """What a running pipeline has so far."""
+
+    config: PipelineConfig
+    began: float = field(default_factory=time.monotonic)
+    training_seconds: float = 0.0
+    checkpoints: dict[Stage, Path] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
+    data: HeldOut | None = None
+    """Read when the first stage is measured: one tokenizer serves the whole chain."""
+
+
 def run_pipeline(pipeline_config: PipelineConfig) -> PipelineResult:
     """Run every stage of the config in order, measure each checkpoint, print a table.
 
-    A stage whose checkpoint exists with the same inputs is not run again.
+    A stage whose inputs are those of a checkpoint in its folder is not run again. What another config left there is put into
+    `superseded/`.
 
     Raises:
         UserError: a config, file or name that the user can put right.
+        GateError: a stage's metric is outside its limit; the report is written, later stages did not run.
+        Stopped: the run was asked to stop; the same call goes on.
     """
     with distributed.process_group():  # joined once for all stages
-        return _run(pipeline_config)
+        progress = _Progress(pipeline_config)
+        start: Path | str | None = pipeline_config.start_checkpoint
+        for stage in pipeline_config.stages():
+            before, start = start, _run_stage(progress, stage, start)
+            if distributed.is_main():
+                _measure(progress, stage, before)
+        report = _report(progress)
+        return PipelineResult(progress.checkpoints, progress.metrics, report)
 
 
-def _run(config: PipelineConfig) -> PipelineResult:
-    start: Path | str | None = config.start_checkpoint
-    checkpoints: dict[Stage, Path] = {}
-    began = time.perf_counter()
-    if config.pretrain is not None:
-        train = config.training("pretrain")
-        checkpoints["pretrain"] = start = run_training(config.pretrain.model, train, config.pretrain.data)
-    assert start is not None, "the config demands pretraining or a start"
-    if config.sft is not None:
-        train = config.training("sft")
-        checkpoints["sft"] = start = run_sft(start, train, config.sft.data)
-    before_dpo = start
-    if config.dpo is not None:
-        train = config.training("dpo")
-        checkpoints["dpo"] = run_dpo(start, train, config.dpo.dpo, config.dpo.data)
-    training_seconds = time.perf_counter() - began
-    return _measure_all(config, checkpoints, before_dpo, training_seconds)
+def plan_pipeline(pipeline_config: PipelineConfig) -> list[Decision]:
+    """What `run_pipeline` would do with each stage, and why. Nothing is changed."""
+    start: Path | str | None = pipeline_config.start_checkpoint
+    found: list[Decision] = []
+    for stage in pipeline_config.stages():
+        if found and found[-1].action != "reuse":
+            found.append(Decision(stage, "train", f"{found[-1].stage} runs first; if it ends as before, this is reused"))
+            continue
+        found.append(_decide(pipeline_config, stage, start))
+        start = found[-1].found
+    return found
 
 
-def _measure_all(
-    config: PipelineConfig, checkpoints: dict[Stage, Path], before_dpo: Path | str, training_seconds: float
-) -> PipelineResult:
-    """Measure every checkpoint and write the report, on the main rank."""
-    metrics: dict[str, dict[str, float]] = {}
-    report = config.output_dir / "results.md"
+def _decide(config: PipelineConfig, stage: Stage, start: Path | str | None) -> Decision:
+    train = config.training(stage)
+    inputs = stage_inputs(stage, train, sections_of(config, stage), start, _own_tokenizer(stage, train))
+    return decide(stage, train, inputs, config.ignore_code_changes)
+
+
+def sections_of(config: PipelineConfig, stage: Stage) -> dict[str, StrictModel]:
+    """The configs of a stage besides how it is trained, as its function gets them."""
+    section = getattr(config, stage)
+    return {name: getattr(section, name) for name in ("model", "dpo", "data") if hasattr(section, name)}
+
+
+def _own_tokenizer(stage: Stage, train: TrainingConfig) -> str | None:
+    return train.tokenizer_name if stage == "pretrain" else None
+
+
+def _run_stage(progress: _Progress, stage: Stage, start: Path | str | None) -> Path:
+    """The stage's final checkpoint: one that is there, or a new one."""
+    config, began = progress.config, time.perf_counter()
+    train = _within_time(progress, stage)
+    final = None
     if distributed.is_main():
-        data = held_out(config, next(iter(checkpoints.values())))  # one tokenizer for the whole chain
-        for stage, checkpoint in checkpoints.items():
-            metrics[stage] = measure(checkpoint, None if stage == "pretrain" else before_dpo, data, config)
-        show(metrics)
+        decision = _decide(config, stage, start)
+        print(decision, flush=True)
+        final = settle(decision, train)
+    distributed.wait_for_everyone()
+    if final is None and not distributed.is_main():
+        decision = _decide(config, stage, start)  # as the main rank left it
+        final = decision.found if decision.action == "reuse" else None
+    if final is None:
+        final = _train(config, stage, train, start)
+    progress.training_seconds += time.perf_counter() - began
+    progress.checkpoints[stage] = final
+    return final
+
+
+def _within_time(progress: _Progress, stage: Stage) -> TrainingConfig:
+    """The stage's training config with what is left of the pipeline's time.
+
+    Raises:
+        Stopped: nothing is left.
+    """
+    train, limit = progress.config.training(stage), progress.config.max_minutes
+    if limit is None:
+        return train
+    left = limit - (time.monotonic() - progress.began) / 60
+    if left <= 0:
+        raise Stopped(f"max_minutes={limit:g}: stopped before {stage}")
+    return train.model_copy(update={"max_minutes": min(left, train.max_minutes or left)})
+
+
+def _train(config: PipelineConfig, stage: Stage, train: TrainingConfig, start: Path | str | None) -> Path:
+    if stage == "pretrain":
+        assert config.pretrain is not None
+        return run_training(config.pretrain.model, train, config.pretrain.data)
+    assert start is not None, "the config demands pretraining or a start"
+    if stage == "sft":
+        assert config.sft is not None
+        return run_sft(start, train, config.sft.data)
+    assert config.dpo is not None
+    return run_dpo(start, train, config.dpo.dpo, config.dpo.data)
+
+
+def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> None:
+    """Measure a stage's checkpoint, or find what was measured before, and hold it against the gates.
+
+    Args:
+        progress: of the pipeline.
+        stage: which stage.
+        start: what it started from.
+
+    Raises:
+        GateError: with every metric that is outside its limit.
+    """
+    config, checkpoint = progress.config, progress.checkpoints[stage]
+    # preference training is measured against its start; what came before it, against itself
+    anchor = None if stage == "pretrain" else start if stage == "dpo" else checkpoint
+    file = place_of(stage, config.training(stage))[0] / "evaluation.json"
+    measured = _measured_of(config, checkpoint, anchor)
+    known = _known(file, measured)
+    if known is None:
+        if progress.data is None:
+            progress.data = held_out(config, checkpoint)
+        metrics = measure(checkpoint, anchor, progress.data, config)
+        known = {"of": measured, "metrics": metrics, "baselines": progress.data.baselines}
+        write_text(file, json.dumps(known, indent=2) + "\n")
+    progress.metrics[stage], progress.baselines = known["metrics"], known["baselines"]
+    if missed := config.missed(stage, known["metrics"]):
+        _report(progress)
+        raise GateError("\n".join(missed))
+
+
+def _measured_of(config: PipelineConfig, checkpoint: Path, anchor: Path | str | None) -> dict[str, Any]:
+    """Everything that decides a checkpoint's metrics."""
+    data = {}
+    for stage in config.stages():
+        sections = sections_of(config, stage)
+        rows = content_of(getattr(config, stage).data, KINDS[stage])
+        data[stage] = {**{name: deciding(section) for name, section in sections.items()}, "rows": rows}
+    measured = {
+        "checkpoint": identity(checkpoint),
+        "anchor": None if anchor is None else identity(anchor),
+        "evaluation": plain(config.evaluation),
+        "data": data,
+        "code": {"modern_llm": code_version("evaluation.stages"), **libraries()},
+    }
+    return record_without_secrets(measured)
+
+
+def _known(file: Path, measured: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured before of the same things; None: nothing was."""
+    try:
+        content = read_json(file)
+        return content if content["of"] == measured else None
+    except (ValueError, KeyError, TypeError):  # never written, or damaged: measured again
+        return None
+
+
+def _report(progress: _Progress) -> Path:
+    """Print the table of what was measured and write the report, on the main rank; where it is."""
+    config, path = progress.config, progress.config.output_dir / "results.md"
+    if distributed.is_main():
+        show(progress.metrics)
         write_report(
-            report,
+            path,
             {
                 "config": plain(config),
-                "checkpoints": {stage: str(path) for stage, path in checkpoints.items()},
-                "stages": metrics,
-                "baselines": data.baselines,
-                "training_seconds": round(training_seconds, 1),
+                "checkpoints": {stage: str(folder) for stage, folder in progress.checkpoints.items()},
+                "stages": progress.metrics,
+                "baselines": progress.baselines,
+                "training_seconds": round(progress.training_seconds, 1),
             },
         )
-        for stage, path in checkpoints.items():
-            print(f"{stage:>9}  {path}")
-        print(f"{'table':>9}  {report}")
+        for stage, folder in progress.checkpoints.items():
+            print(f"{stage:>9}  {folder}")
+        print(f"{'table':>9}  {path}")
     distributed.barrier()
-    return PipelineResult(checkpoints, metrics, report)
+    return path

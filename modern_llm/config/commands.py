@@ -76,6 +76,21 @@ class ExportArguments(StrictModel):
     """Type of the weights: half the size of training's fp32 in `bf16` and `fp16`."""
 
 
+class VerifyArguments(StrictModel):
+    """Whether a checkpoint and all that it was made from are what they were."""
+
+
+class DiffArguments(StrictModel):
+    """Why two checkpoints differ."""
+
+
+class ReplayArguments(StrictModel):
+    """A batch that was skipped, run again."""
+
+    checkpoint: str
+    """The model to run it through: a folder or a hub id."""
+
+
 class TokenizerArguments(StrictModel):
     """Training a byte-level BPE tokenizer."""
 

@@ -22,6 +22,20 @@ ParameterGroup = Literal["embeddings", "head", "vectors", "matrices", "experts"]
 untied output projection; norms, biases and sinks; the layers' matrices; stacks of experts' matrices."""
 
 
+NO_EFFECT = (
+    "run_name",
+    "output_dir",
+    "report_to",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "max_minutes",
+    "on_save_error",
+)
+"""Fields that cannot change a result: where a run is written, how it reports, when it saves, evaluates or stops."""
+
+
 class TrainingConfig(StrictModel):
     """Settings shared by the three stages. A field that is None gets the stage's default from `resolve`."""
 
@@ -115,6 +129,14 @@ class TrainingConfig(StrictModel):
     """Optimizer steps between checkpoints that a stopped run resumes from. None: 500."""
     log_every: PositiveInt = 10
     """Optimizer steps between log lines; a line's values are averaged over the steps since the line before."""
+    keep_checkpoints: PositiveInt | None = None
+    """Keep only so many of the newest periodic checkpoints. None: all."""
+    max_minutes: PositiveFloat | None = None
+    """Stop after so many minutes from the stage's beginning: the step is finished, a checkpoint saved, and the exit code is 75.
+    The same command goes on from there. None: no limit."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """A periodic checkpoint (or a line of `metrics.jsonl`) that cannot be written, as on a full disk: `stop` ends the run, with
+    exit code 74; `warn` says so loudly and goes on. A final checkpoint that cannot be written is always an error."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers besides `metrics.jsonl` and the console; need `pip install modern-llm[trackers]`."""
 

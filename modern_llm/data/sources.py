@@ -161,13 +161,24 @@ class _Files:
 
     def fingerprint(self) -> str:
         try:
-            hashes = [(file_format(file), sha256_of_file(file)) for file in self.files]
+            hashes = [(file_format(file), _hash_of(file, *_version_of(file))) for file in self.files]
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
         return _digest(hashes, self.text_field, self.separator)
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
         return itertools.chain.from_iterable(read_file(file, bad, self.text_field, self.separator) for file in self.files)
+
+
+def _version_of(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+@functools.lru_cache(maxsize=10_000)
+def _hash_of(file: Path, size: int, changed: int, number: int) -> str:
+    """A file's hash, computed once in a process as long as the file is the same."""
+    return sha256_of_file(file)
 
 
 class _Village:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from modern_llm.checkpoint import publish_folder
+from modern_llm.checkpoint import publish_folder, storing
 from modern_llm.config.io import read_json
 from modern_llm.layout import Segment
 
@@ -168,6 +168,9 @@ def stored(key: dict[str, Any], build: Callable[[Path], None]) -> Store:
     Args:
         key: everything that decides the content, as JSON.
         build: fills an empty folder by a `StoreWriter`, and closes it. What it raises goes through, and nothing is kept.
+
+    Raises:
+        StorageError: the cache folder does not take it.
     """
     name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / name
@@ -179,15 +182,16 @@ def stored(key: dict[str, Any], build: Callable[[Path], None]) -> Store:
             with suppress(FileNotFoundError):  # another run saw it too and was first
                 folder.rename(folder.with_name(litter_name))
             shutil.rmtree(folder.with_name(litter_name), ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_litter(folder.parent)
-    scratch = folder.with_name(litter_name)
-    scratch.mkdir()
-    try:
-        build(scratch)
-        publish_folder(scratch, folder, replace=False)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with storing(folder):  # readers of the rows raise errors of their own
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_litter(folder.parent)
+        scratch = folder.with_name(litter_name)
+        scratch.mkdir()
+        try:
+            build(scratch)
+            publish_folder(scratch, folder, replace=False)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return Store(folder)
 
 

@@ -49,20 +49,25 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def save_adapter(
-    model: PreTrainedModel, folder: Path, target: Path, base: dict[str, str], quantize: str | None
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    folder: Path,
+    target: Path,
+    base: dict[str, str],
+    quantize: str | None,
 ) -> dict[str, Any]:
     """Write adapters, their settings and the generation config; returns what the manifest says of them.
 
     Args:
         model: with adapters.
+        weights: `adapter_weights`, or a copy of them.
         folder: where to.
         target: the name that the folder will have.
         base: the model under them: `checkpoint`, a folder or a hub id, and the hash of its `weights`. A folder is named
             relative to `target`, so that both can move together.
         quantize: how it was rounded.
     """
-    weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model).items()}
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     name, local = base["checkpoint"], Path(base["checkpoint"])
     settings: dict[str, Any] = model.peft_config[NAME].to_dict()  # type: ignore[operator, index]
     settings["base_model_name_or_path"] = os.path.relpath(local.resolve(), target.resolve()) if local.is_dir() else name

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modern_llm import distributed
-from modern_llm.checkpoint import weights_hash
+from modern_llm.checkpoint import storing, weights_hash
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
 from modern_llm.data.store import cache_folder
@@ -60,7 +60,8 @@ def _table(examples: Mixture, reference: Policy, precision: torch.dtype, weights
     if not len(examples):
         return torch.zeros(0, 2, 2), 0
     folder = cache_folder() / f"reference-{_key(examples, reference, precision, weights)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(examples), PART)
     mine = [start for number, start in enumerate(starts) if number % distributed.world_size() == distributed.rank()]
     computed = _fill(folder, mine, examples, reference, precision)
@@ -82,11 +83,12 @@ def _fill(folder: Path, starts: list[int], examples: Mixture, reference: Policy,
             part = [replace(examples[start + i], row=i) for i in range(wanted[start])]
             table = _compute(part, reference, precision)
             scratch = folder / f".{_name(start)}.{os.getpid()}.{os.urandom(4).hex()}"
-            try:
-                save_file({"logprobs": table}, scratch, metadata={"sha256": _sha256(table)})
-                scratch.replace(folder / _name(start))
-            finally:
-                scratch.unlink(missing_ok=True)
+            with storing(folder):
+                try:
+                    save_file({"logprobs": table}, scratch, metadata={"sha256": _sha256(table)})
+                    scratch.replace(folder / _name(start))
+                finally:
+                    scratch.unlink(missing_ok=True)
             bar.update(wanted[start])
     return sum(wanted[start] for start in missing)
 

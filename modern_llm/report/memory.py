@@ -18,9 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from modern_llm.config import TrainingConfig
-from modern_llm.layout import PackedRow
 from modern_llm.losses import summed_nll, token_logprobs
-from modern_llm.models.grids import LONG, lay_grids
+from modern_llm.models.grids import LONG
 from modern_llm.training.optim import ParameterGroups
 
 Bytes = dict[str, int]
@@ -30,17 +29,6 @@ SMALLEST_8BIT = 4096
 """bitsandbytes 0.50 keeps the state of smaller tensors in fp32."""
 QUANTIZED_BLOCK = 256
 """Values of an 8-bit state that share an fp32 scale."""
-
-
-KERNEL_BYTES = 650_000
-"""What oneDNN keeps for each new shape of a bf16 product on a CPU. Measured with torch 2.13 (0.62 to 0.66 MiB, whatever the
-size); in fp32 it keeps nothing."""
-MOST_KERNEL_BYTES = 1_150_000_000
-"""Where that ends, after some 2,000 shapes: it forgets the oldest. `ONEDNN_PRIMITIVE_CACHE_CAPACITY` lowers it."""
-PRODUCTS = {"tokens": 12, "predicted": 3, "grid": 3}
-PRODUCTS_FORWARD = {"tokens": 4, "predicted": 1, "grid": 2}
-"""Shapes of products that come with a new number of tokens (a layer's matrices, forward and backward), a new number of
-predicted positions, and a new grid of the attention; and those of the forward pass alone."""
 
 
 @dataclass(frozen=True)
@@ -100,29 +88,6 @@ def peak_resident_bytes() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
-class Kernels:
-    """Counts the shapes of products that a run has met."""
-
-    def __init__(self, precision: torch.dtype, device: torch.device) -> None:
-        self.kept = precision.itemsize == 2 and device.type == "cpu"
-        self.seen: dict[tuple[str, Any], int] = {}
-        """What a row brought, and how many shapes that was."""
-
-    def add(self, row: PackedRow, trains: bool = True) -> None:
-        """A micro-batch; or a row that is only asked."""
-        if not self.kept:
-            return
-        products = PRODUCTS if trains else PRODUCTS_FORWARD
-        grids = [("grid", tuple(shape)) for shape in lay_grids(row).shapes.tolist()]
-        for key in [("tokens", row.num_tokens), ("predicted", row.num_scored), *grids]:
-            self.seen[key] = max(self.seen.get(key, 0), products[key[0]])
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of their kernels."""
-        return min(sum(self.seen.values()) * KERNEL_BYTES, MOST_KERNEL_BYTES)
-
-
 class Estimate:
     """Memory of one stage, from the shapes of its model; nothing is run."""
 
@@ -132,7 +97,6 @@ class Estimate:
         config: TrainingConfig,
         precision: torch.dtype,
         process: int,
-        kernels: int,
         reference: bool,
     ):
         """
@@ -141,7 +105,6 @@ class Estimate:
             config: resolved.
             precision: type of matrix products.
             process: bytes of the process before there is a model.
-            kernels: bytes of the kernels for the shapes of all products.
             reference: whether a second model stays in memory.
         """
         self.config, self.precision = config, precision
@@ -150,6 +113,7 @@ class Estimate:
         sizes = {group: [p.numel() for p in found.values()] for group, found in groups.named.items()}
         trained = sum(map(sum, sizes.values()))
         weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+        self.trained = 4 * trained
         self.matrices = sum(sizes["matrices"]) + sum(sizes["experts"])
         head = model.get_output_embeddings()
         assert head is not None, "a causal language model has an output projection"
@@ -157,7 +121,6 @@ class Estimate:
         self.head_learns = bool(head.weight.requires_grad)  # type: ignore[union-attr]
         self.held: Bytes = {
             "process": process,
-            "kernels": kernels,
             "weights": weights,
             "gradients": 0 if config.optimizer_in_backward else 4 * trained,
             "optimizer": optimizer_bytes(str(config.optimizer), sizes),
@@ -223,6 +186,11 @@ class Estimate:
             held["gradients"] = 0  # they come while activations go
         return {**held, "activations": round(factor * self.activation_bytes(load)), "head": head}
 
+    @property
+    def copy_bytes(self) -> int:
+        """On the host: what a checkpoint to resume from is written from, beside the training."""
+        return self.trained + self.held["optimizer"] + self.held["average"]
+
     def factor(self, load: Load, peak: int) -> float:
         """How many times their estimate the activations were in a run whose memory was `peak` at its largest."""
         parts = self.during_pass(load)
@@ -232,10 +200,6 @@ class Estimate:
     def _peaks_with_gradients(self, load: Load) -> bool:
         """Whether the gradients that the only micro-batch of a step leaves behind are more than all it needed before."""
         return not load.several and self.activation_bytes(load) + self.head_bytes(load) < self.held["gradients"]
-
-    def during_checkpoint(self) -> Bytes:
-        """While a checkpoint to resume from is written: its training state is copied first."""
-        return {**self.held, "checkpoint": self.held["optimizer"] + self.held["average"]}
 
 
 def optimizer_bytes(optimizer: str, sizes: dict[Any, list[int]]) -> int:

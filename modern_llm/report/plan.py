@@ -71,8 +71,6 @@ class StagePlan:
     """The same without measurement."""
     memory: Bytes
     """Part → bytes at that point, adding up to `peak_bytes`."""
-    highest: str
-    """When it is: in `training`, or while a `checkpoint` to resume from is written."""
     fits: bool
     ways_out: dict[str, int]
     """Where it does not fit: setting → the bytes it would come to."""
@@ -190,8 +188,6 @@ class _Planner:
         self.model = model_of_shapes(config, tokenizer, self.config, self.precision)
         self.survey = Survey(self.data, self.config, training_cost(self.model))
         self.process = 0 if device.type == "cuda" else resident_bytes()
-        self.kernels: dict[int | None, int] = {}
-        """Micro-batch → bytes of the kernels that it leads to."""
         self.asks_reference = stage == "dpo" and asks_reference(section.dpo)
         self.second_model = stage == "dpo" and (section.dpo.sync_ref_model or section.dpo.reference_checkpoint is not None)
 
@@ -220,25 +216,18 @@ class _Planner:
         steps = self.config.batch_size // (size * self.whole.ranks)
         return self.config.model_copy(update={"micro_batch_size": size, "gradient_accumulation_steps": steps, **changes})
 
-    def _estimate(self, config: TrainingConfig, kernels: int | None = None) -> Estimate:
-        if kernels is None:
-            if config.micro_batch_size not in self.kernels:
-                kernels = self.survey.kernel_bytes(config, self.precision, distributed.device(), self.asks_reference)
-                self.kernels[config.micro_batch_size] = kernels
-            kernels = self.kernels[config.micro_batch_size]
-        return Estimate(self.model, config, self.precision, self.process, kernels, self.second_model)
+    def _estimate(self, config: TrainingConfig) -> Estimate:
+        return Estimate(self.model, config, self.precision, self.process, self.second_model)
 
-    def _memory(self, config: TrainingConfig, factor: float) -> tuple[str, Bytes]:
-        """The highest point, and what is in memory then."""
+    def _memory(self, config: TrainingConfig, factor: float) -> Bytes:
+        """What is in memory at the highest point."""
         estimate = self._estimate(config)
         load = self.survey.largest(config.micro_batch_size, config.gradient_accumulation_steps or 1, self.stage == "dpo")
-        moments = {"training": estimate.during_pass(load, factor)}
-        if self._periodic_checkpoints():
-            moments["checkpoint"] = estimate.during_checkpoint()
-        return max(moments.items(), key=lambda moment: sum(moment[1].values()))
+        is_copied = self._periodic_checkpoints() and distributed.device().type == "cpu"  # a GPU's is copied to the host
+        return {**estimate.during_pass(load, factor), "checkpoint": estimate.copy_bytes if is_copied else 0}
 
     def _peak(self, config: TrainingConfig, factor: float) -> int:
-        return sum(self._memory(config, factor)[1].values())
+        return sum(self._memory(config, factor).values())
 
     def _periodic_checkpoints(self) -> int:
         assert self.config.max_steps is not None
@@ -285,12 +274,12 @@ class _Planner:
         seen = type(load)(
             tokens, round(tokens * self.survey.predicted_share), load.longest, rehearsed.several, self.stage == "dpo"
         )
-        return self._estimate(self.config, rehearsed.kernel_bytes).factor(seen, rehearsed.peak_bytes)
+        return self._estimate(self.config).factor(seen, rehearsed.peak_bytes)
 
     def _summary(self, factor: float, rehearsed: Rehearsed | None, reason: str | None) -> StagePlan:
         assert self.config.batch_size is not None
         assert self.config.max_steps is not None
-        highest, memory = self._memory(self.config, factor)
+        memory = self._memory(self.config, factor)
         peak = sum(memory.values())
         fits = peak <= self.whole.machine.available
         load = self.survey.largest(self.config.micro_batch_size, self.config.gradient_accumulation_steps or 1, False)
@@ -310,7 +299,6 @@ class _Planner:
             peak_bytes=peak,
             peak_bytes_by_shapes=self._peak(self.config, 1.0),
             memory={part: size for part, size in memory.items() if size},
-            highest=highest,
             fits=fits,
             ways_out={} if fits else self._ways_out(factor),
             disk=self._disk(rehearsed),

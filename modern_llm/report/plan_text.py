@@ -54,7 +54,7 @@ def lines(stage: StagePlan, ranks: int) -> dict[str, str]:
         "data": f"{epoch}, {stage.tokens:,} tokens in {stage.steps:,} steps of {stage.batch_size}",
         "micro-batch": f"{micro} on each of {ranks} processes, at most {stage.largest_micro_batch_tokens:,} tokens",
         "work": f"{stage.flops / 1e12:,.2f} TFLOP",
-        "memory": f"{gigabytes(stage.peak_bytes)} at its highest, in {stage.highest}: {_parts(stage.memory, gigabytes)}",
+        "memory": f"{gigabytes(stage.peak_bytes)} at its highest: {_parts(stage.memory, gigabytes)}",
         "disk": f"{gigabytes(sum(stage.disk.values()))} of checkpoints: {_parts(stage.disk, gigabytes)}",
     }
     if stage.seconds:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,15 @@ from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
-from modern_llm.data.loader import micro_batches, steps
+from modern_llm.data.loader import steps
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.data.tokenizer import TextEncoder, load_tokenizer
 from modern_llm.layout import PackedRow
 from modern_llm.limits import matmul_limit
-from modern_llm.objectives.reference import PART, ROW_TOKENS
 from modern_llm.precision import choose_precision
-from modern_llm.report.memory import Kernels, peak_resident_bytes, resident_bytes
+from modern_llm.report.memory import peak_resident_bytes, resident_bytes
 from modern_llm.training.train_dpo import run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft
@@ -61,8 +60,6 @@ class Rehearsed(BaseModel):
 
     process_bytes: int
     """Memory of the process before it had a model."""
-    kernel_bytes: int
-    """Of the kernels for the shapes that its products had."""
     peak_bytes: int
     """Memory at its largest: of the process, or of the GPU."""
     largest_tokens: int
@@ -172,16 +169,9 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
     warm, measured = [line for line in lines if "tokens_per_second" in line][-2:]
     data = prepare(stage, arguments, final)
     rows = _rows(stage, data, train)
-    kernels = Kernels(precision, device)
-    if stage == "dpo" and asks_reference(arguments.dpo_config):
-        for row in reference_rows(data):
-            kernels.add(row, trains=False)
-    for row in itertools.chain(*rows):
-        kernels.add(row)
     seconds = sum(row.num_tokens for row in itertools.chain(*rows[len(rows) // 2 :])) / measured["tokens_per_second"]
     return Rehearsed(
         process_bytes=process,
-        kernel_bytes=kernels.num_bytes,
         peak_bytes=peak,
         largest_tokens=max(row.num_tokens for row in itertools.chain(*rows)),
         several=max(map(len, rows)) > 1,
@@ -242,21 +232,6 @@ def prepare(stage: Stage, arguments: Any, tokenizer_from: Path | str) -> Prepare
 def asks_reference(dpo: DPOConfig) -> bool:
     """Whether preference training asks a frozen reference for every pair before it begins."""
     return dpo.needs_reference and not dpo.sync_ref_model
-
-
-def reference_rows(data: PreparedData, most: int = 2000) -> Iterator[PackedRow]:
-    """The rows in which the reference of preference training is asked, as `objectives.reference` packs them.
-
-    Args:
-        data: pairs.
-        most: of the first so many pairs.
-    """
-    assert isinstance(data.train, Sequence)
-    for start in range(0, min(len(data.train), most), PART):
-        part = [data.train[i] for i in range(start, min(start + PART, len(data.train)))]
-        part.sort(key=lambda example: -example.num_tokens)
-        for batch in micro_batches(part, None, ROW_TOKENS[distributed.device().type]):
-            yield batch.row
 
 
 def rows_for(examples: int, data: PreparedData, sources: Sequence[str]) -> int:

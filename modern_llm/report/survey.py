@@ -1,6 +1,5 @@
 """What will go through a model in one stage: its shapes without its weights, and the lengths of its data."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,20 +8,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm.config import PipelineConfig, TrainingConfig
-from modern_llm.data.loader import Position, steps
 from modern_llm.data.prepared import Example, PreparedData
 from modern_llm.layout import pack
 from modern_llm.models.adapter_folders import base_of, is_adapter
 from modern_llm.models.adapters import add_adapter, keep_frozen_in
 from modern_llm.models.build import build_model
 from modern_llm.models.flops import TrainingCost
-from modern_llm.report.memory import MOST_KERNEL_BYTES, Kernels, Load
-from modern_llm.report.rehearsal import reference_rows
+from modern_llm.report.memory import Load
 
 SURVEYED = 4000
 """Examples that are looked at; of more, the first so many in the order of the first epoch."""
-LAID_OUT = 400
-"""Micro-batches whose products are looked at."""
 MOST_GROUPS = 20_000
 """Micro-batches that are drawn to find the largest of a run."""
 
@@ -107,49 +102,6 @@ class Survey:
             drawn = np.random.default_rng(0).choice(self.tokens, (number, micro_batch_size))
             tokens, several = int(drawn.sum(1).max()), accumulation > 1
         return Load(tokens, round(tokens * self.predicted_share), self.longest, several, pairs)
-
-    def kernel_bytes(self, config: TrainingConfig, precision: torch.dtype, device: torch.device, asked: bool) -> int:
-        """Of the kernels that a run's products need: of its first micro-batches, and as many more as keep coming.
-
-        Args:
-            config: resolved.
-            precision: type of matrix products.
-            device: where.
-            asked: whether a reference is asked for every pair first.
-        """
-        kernels = Kernels(precision, device)
-        if not kernels.kept or self.epoch_size is None:
-            return 0
-        assert isinstance(self.data.train, Sequence)
-        assert config.batch_size is not None
-        assert config.max_steps is not None
-        batches = itertools.islice(
-            steps(
-                self.data.train,
-                config.batch_size,
-                config.micro_batch_size,
-                config.seed,
-                Position(),
-                0,
-                1,
-                config.micro_batch_tokens,
-            ),
-            config.max_steps,
-        )
-        for row in reference_rows(self.data) if asked else ():
-            kernels.add(row, trains=False)
-        laid: list[int] = []
-        looked = 0
-        for batch in batches:
-            for micro_batch in batch.micro_batches:
-                kernels.add(micro_batch.row)
-                laid.append(kernels.num_bytes)
-            looked += 1
-            if len(laid) >= LAID_OUT:
-                break
-        per_micro_batch = (laid[-1] - laid[len(laid) // 2]) / max(len(laid) / 2, 1)
-        more = per_micro_batch * (config.max_steps - looked) * len(laid) / looked
-        return min(laid[-1] + round(more), MOST_KERNEL_BYTES)
 
 
 def _sample(data: PreparedData, seed: int) -> Sequence[Example]:

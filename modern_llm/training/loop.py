@@ -16,6 +16,7 @@ from modern_llm import distributed
 from modern_llm.config import TrainingConfig, UserError
 from modern_llm.data.loader import MicroBatch, Position, StepBatch, ahead, micro_batches, steps
 from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.exit_codes import Stopped, StorageError
 from modern_llm.metrics import Averages, RunLog
 from modern_llm.models.flops import training_cost
 from modern_llm.models.policy import Policy
@@ -25,7 +26,9 @@ from modern_llm.precision import autocast
 from modern_llm.training.ema import WeightAverage
 from modern_llm.training.garbage import collection_held_off
 from modern_llm.training.optim import Optimizer, learning_rate_factor
+from modern_llm.training.skipped import keep_batch
 from modern_llm.training.speed import Speed
+from modern_llm.training.stopping import StopRequest
 
 MOST_SKIPPED_STEPS_IN_A_ROW = 5
 
@@ -35,11 +38,15 @@ class _Step:
     """An optimizer step whose numbers are to be read."""
 
     number: int
-    rows: list[int]
-    """Which rows of the data were in it."""
+    batch: StepBatch
+    """On the host."""
     counts: dict[str, int]
     numbers: torch.Tensor
     """(1 + sums,) on the device: norm of the gradient, loss, and the sum of each metric."""
+
+
+class _InterruptedError(Exception):
+    """An evaluation was left half-way, because the run is asked to stop."""
 
 
 class Loop:
@@ -79,6 +86,11 @@ class Loop:
         self.averages = Averages()
         self.skipped_in_a_row = 0
         self.last_evaluation: dict[str, float] = {}
+        self.evaluation_is_due = False
+        """Whether the run was stopped while this step's evaluation was on."""
+        self.stop = StopRequest(None, 0.0)
+        self.must_stop: str | None = None
+        """Why every rank stops after this step."""
         self.unread: list[_Step] = []
         """Steps that are done and whose numbers are still on the device."""
         on_device = self.optimizer.skips_on_device and self.average is None and not objective.follows_the_policy
@@ -94,6 +106,7 @@ class Loop:
             "weight_average": None if self.average is None else self.average.state(),
             "averages": self.averages.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
+            "evaluation_is_due": self.evaluation_is_due,
             "objective": self.objective.state(),
         }
 
@@ -106,11 +119,19 @@ class Loop:
             self.average.load(state["weight_average"])
         self.averages.load(state["averages"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.evaluation_is_due = state["evaluation_is_due"]
         self.objective.load(state["objective"])
 
-    def run(self) -> None:
-        """Take every remaining optimizer step."""
-        config = self.config
+    def run(self, stop: StopRequest | None = None) -> None:
+        """Take every remaining optimizer step.
+
+        Args:
+            stop: asked after each step and each micro-batch of an evaluation. None: nobody stops the run.
+
+        Raises:
+            Stopped: it was asked to, and `save` has been called.
+        """
+        config, self.stop = self.config, stop or self.stop
         assert config.max_steps is not None
         assert config.batch_size is not None
         left = itertools.islice(
@@ -126,16 +147,20 @@ class Loop:
         with torch.random.fork_rng(devices), collection_held_off(), closing(batches):
             self.policy.train()
             self.speed.start = time.perf_counter()
+            if self.evaluation_is_due:
+                self._evaluate_now()
+                self._stop_if_asked(saved=False)
             for batch in batches:
                 self._optimizer_step(batch)
                 self.step += 1
                 self.position = batch.after
                 self.log.advance()
-                self._periodic_work()
+                self._stop_if_asked(saved=self._periodic_work())
         if summary := self.objective.closing(self.last_evaluation, self.data.report):
             self.log.message(summary)
 
-    def _periodic_work(self) -> None:
+    def _periodic_work(self) -> bool:
+        """Log, evaluate and save where this step is one for it; whether it was saved."""
         config, last = self.config, self.step == self.config.max_steps
         logs = self.step % config.log_every == 0 or last
         measures = self.data.evaluation and (last or (config.eval_every is not None and self.step % config.eval_every == 0))
@@ -146,15 +171,42 @@ class Loop:
             self._log_training()
             gc.collect()
         if measures:
+            self._evaluate_now()
+        if saves:
+            self._save()
+        return saves
+
+    def _evaluate_now(self) -> None:
+        """Evaluate and log; where the run is asked to stop meanwhile, the evaluation is left to the run that goes on."""
+        self.evaluation_is_due = True
+        try:
             with self.speed.paused():
                 values = self.last_evaluation = self.evaluate(self.data.evaluation)
-            shown = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-            self.log.log(self.step, {f"eval/{n}": v for n, v in values.items()}, tuple(f"eval/{name}" for name in shown))
-            gc.collect()
-        if saves:
-            with self.speed.paused():
-                self.save(self.step, self.state())
-            gc.collect()
+        except _InterruptedError:
+            return
+        self.evaluation_is_due = False
+        shown = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+        self.log.log(self.step, {f"eval/{n}": v for n, v in values.items()}, tuple(f"eval/{name}" for name in shown))
+        gc.collect()
+
+    def _save(self) -> None:
+        with self.speed.paused():
+            self.save(self.step, self.state())
+        gc.collect()
+
+    def _stop_if_asked(self, saved: bool) -> None:
+        """Save and stop, if somebody asked for it; all ranks do after the same step. A run that is done anyway goes on.
+
+        Args:
+            saved: whether this step is saved already, with nothing left to do in it.
+        """
+        why = self.must_stop if distributed.world_size() > 1 else self.stop.reason
+        if why is None or (self.step == self.config.max_steps and not self.evaluation_is_due):
+            return
+        self._read()
+        if not saved:
+            self._save()
+        raise Stopped(f"{why}: stopped after step {self.step}")
 
     def _optimizer_step(self, batch: StepBatch) -> None:
         """Forward and backward over the micro-batches, each sum divided by the count of the whole step; then one update."""
@@ -177,8 +229,7 @@ class Loop:
         distributed.sum_gradients(list(self.optimizer.groups.all.values()))
         norm = self.optimizer.clip_gradients()
         totals = distributed.sum_over_ranks(torch.stack(list(sums.values())))
-        rows = [row for micro_batch in batch.micro_batches for row in micro_batch.row_ids]
-        self.unread.append(_Step(self.step + 1, rows, counts, torch.cat([norm[None], totals])))
+        self.unread.append(_Step(self.step + 1, batch, counts, torch.cat([norm[None], totals])))
         if self.reads_later:
             self.optimizer.step(is_finite=torch.isfinite(norm) & torch.isfinite(totals[0]))
         elif self._read():
@@ -213,7 +264,9 @@ class Loop:
         batches = list(batches)
         local = [sum(b.counts[name] for b in batches) for name in names]
         if distributed.world_size() > 1:
-            local = distributed.sum_over_ranks(torch.tensor(local, device=self.policy.device)).tolist()
+            asked = int(self.stop.reason is not None)
+            *local, asked = distributed.sum_over_ranks(torch.tensor([*local, asked], device=self.policy.device)).tolist()
+            self.must_stop = f"{asked} ranks were asked to stop" if asked else None
         return dict(zip(names, local, strict=True))
 
     def _seed_dropout(self) -> None:
@@ -226,12 +279,19 @@ class Loop:
         self.skipped_in_a_row += 1
         left = self.optimizer.left_alone()
         what = "skipped" if left is None else f"left {len(left)} of {len(self.optimizer.groups.all)} parameters as they were"
-        self.log.message(f"step {step.number} {what}: loss={loss} grad_norm={norm}; rows {step.rows[:20]}")
-        self.log.record({"step": step.number, "skipped_rows": step.rows})
+        rows = [row for micro_batch in step.batch.micro_batches for row in micro_batch.row_ids]
+        assert self.config.output_dir is not None
+        try:
+            why = {"loss": loss, "grad_norm": norm}
+            kept = f"batch kept in {keep_batch(self.config.output_dir, step.number, step.batch, why)}"
+        except StorageError as error:  # it helps to find the reason, and the run does not need it
+            kept = str(error)
+        self.log.message(f"step {step.number} {what}: loss={loss} grad_norm={norm}; rows {rows[:20]}; {kept}")
+        self.log.record({"step": step.number, "skipped_rows": rows})
         if self.skipped_in_a_row >= MOST_SKIPPED_STEPS_IN_A_ROW:
             raise UserError(
                 f"{self.skipped_in_a_row} steps in a row, up to step {step.number}, had a loss or gradient not finite: "
-                f"lower learning_rate={self.config.learning_rate}, or look at the rows in {self.log.path}"
+                f"lower learning_rate={self.config.learning_rate}, or look at the rows in {self.log.path} (modern-llm replay)"
             )
 
     def _log_training(self) -> None:
@@ -258,12 +318,15 @@ class Loop:
 
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         """Loss and metrics over examples, of the averaged weights where there are any."""
-        with torch.no_grad(), self.averaged_weights():
-            return self._evaluate(examples)
+        self.policy.eval()
+        try:
+            with torch.no_grad(), self.averaged_weights():
+                return self._evaluate(examples)
+        finally:
+            self.policy.train()
 
     def _evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
         """Each sum divided by its count at the end, whatever the batch size."""
-        self.policy.eval()
         terms: dict[str, float] = {}
         sums = dict.fromkeys(self.objective.units, 0.0)
         counts = dict.fromkeys(get_args(Unit), 0)
@@ -275,6 +338,8 @@ class Loop:
             with autocast(self.precision, self.policy.device):
                 self.objective.begin_step(self.policy, batches, training=False)
         for batch in batches:
+            if self.stop.reason is not None and distributed.world_size() == 1:  # several ranks would not agree
+                raise _InterruptedError
             with autocast(self.precision, self.policy.device):
                 outcome = self.objective(self.policy, batch.to(self.policy.device))
             for unit in counts:
@@ -285,7 +350,6 @@ class Loop:
                 sums[name] += float(total)
             for name, values in outcome.examples.items():
                 seen.setdefault(name, []).append(values)
-        self.policy.train()
         loss = sum(total / max(counts[units[name]], 1) for name, total in terms.items())
         means = {name: total / max(counts[self.objective.units[name]], 1) for name, total in sums.items()}
         return {"loss": loss, **means, **self.objective.summary({name: torch.cat(values) for name, values in seen.items()})}

@@ -1,61 +1,103 @@
 """Which checkpoint in a run's folder a run goes on from: the same inputs, or none at all."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modern_llm.checkpoint import read_manifest
+from modern_llm.checkpoint import MANIFEST, DamagedError, read_manifest, verify
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
+from modern_llm.config.training import NO_EFFECT
 from modern_llm.secrets import record_without_secrets
 
+SHOWN_DIGITS = 12
+"""Of a hash."""
 
-def newest_checkpoint(output_dir: Path, run_name: str, final: Path, record: dict[str, Any]) -> Path | None:
+
+def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None, list[str]]:
     """The finished checkpoint, or else the newest one to resume from, if made from the same inputs.
+
+    Args:
+        final: where the finished one would be, `<output_dir>/<run_name>_final`.
+        record: of the run.
+
+    Returns:
+        The folder, every file of it compared with its manifest; None: there is none. And a sentence for each newer one that is
+        damaged.
 
     Raises:
         UserError: made from other inputs.
     """
     record = record_without_secrets(record)  # as the manifest has it
-    candidates = [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]
-    for folder in candidates:
-        manifest = read_manifest(folder)
+    damaged: list[str] = []
+    output_dir, run_name = final.parent, final.name.removesuffix("_final")
+    for folder in [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]:
+        try:
+            manifest = read_manifest(folder)
+        except DamagedError as error:
+            damaged.append(f"{error}")
+            continue
         if manifest is None:
             if folder == final and folder.exists():
                 raise UserError(
                     f"{final} is there and is no checkpoint of ours: use another output_dir or run_name, or remove it"
                 )
+            if folder.exists():
+                damaged.append(f"{folder / MANIFEST}: missing")
             continue
         other = manifest.get("run")
         if folder != final and other != run_name and (output_dir / f"{other}_final").is_dir():
             continue  # left by another run, which is finished
         difference = first_difference({name: manifest.get(name) for name in record}, record)
-        if difference is None and manifest.get("run") == run_name:
-            return folder
-        why = one_line(difference or f"run_name: {manifest.get('run')!r} there, {run_name!r} now")
-        raise UserError(
-            f"output_dir={str(output_dir)!r} holds {folder.name} of a run with other inputs ({why}): use another output_dir or "
-            f"run_name, or remove that folder"
-        )
-    return None
+        if difference is not None or other != run_name:
+            why = one_line(difference or f"run_name: {other!r} there, {run_name!r} now")
+            raise UserError(
+                f"output_dir={str(output_dir)!r} holds {folder.name} of a run with other inputs ({why}): use another "
+                f"output_dir or run_name, or remove that folder"
+            )
+        try:
+            verify(folder)
+        except DamagedError as error:
+            damaged.append(f"{error}")
+            continue
+        return folder, damaged
+    return None, damaged
 
 
 # where a run is written, how it reports and when it saves or evaluates cannot change its result
 _IRRELEVANT = (
-    *(f"config.train.{name}" for name in ("output_dir", "report_to", "log_every", "eval_every", "save_every")),
+    *(f"config.train.{name}" for name in NO_EFFECT),
+    # what these name is compared by content
+    "config.train.dataset_name",
     "config.train.tokenizer_name",
-    "tokenizer_name",  # its content is compared
+    "config.data.dataset_name",
+    "config.dpo.reference_checkpoint",
+    "tokenizer_name",
     "parent.checkpoint",
 )
 
 
-def first_difference(there: Any, now: Any, path: str = "") -> str | None:
+def first_difference(there: Any, now: Any) -> str | None:
     """`train.seed: 0 there, 1 now` for the first difference between two records; None if equal."""
+    found = next(differences(there, now), None)
+    return None if found is None else f"{found[0]}: {short(found[1])!r} there, {short(found[2])!r} now"
+
+
+def short(value: Any) -> Any:
+    """A hash by its first digits; anything else as it is."""
+    is_hash = isinstance(value, str) and len(value) in (40, 64) and set(value) <= set("0123456789abcdef")
+    return f"{value[:SHOWN_DIGITS]}…" if is_hash else value
+
+
+def differences(there: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every difference between two records that can change a result: (path, value there, value now)."""
     if path in _IRRELEVANT:
-        return None
+        return
     if isinstance(there, dict) and isinstance(now, dict):
         for name in sorted(there.keys() | now.keys()):
-            inner = first_difference(there.get(name), now.get(name), f"{path}.{name}" if path else name)
-            if inner is not None:
-                return inner
-        return None
-    return None if there == now else f"{path.removeprefix('config.')}: {there!r} there, {now!r} now"
+            yield from differences(there.get(name), now.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(there, list) and isinstance(now, list) and len(there) == len(now):
+        for number, pair in enumerate(zip(there, now, strict=True)):
+            yield from differences(*pair, path=f"{path}.{number}")
+    elif there != now:
+        yield path.removeprefix("config."), there, now

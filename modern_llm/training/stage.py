@@ -1,39 +1,45 @@
 """Opening and closing a run: what it is made of, whether it is done or begun, and what it leaves behind."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from modern_llm import checkpoint as folders
 from modern_llm import distributed
-from modern_llm.allocator import keep_freed_memory
+from modern_llm.allocator import steady_memory
+from modern_llm.checkpoint import DamagedError, load_state, verify
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.io import plain
 from modern_llm.config.training import Stage
-from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
+from modern_llm.exit_codes import Stopped
+from modern_llm.lock import only_writer
 from modern_llm.metrics import RunLog
-from modern_llm.models.adapter_folders import load_adapter_weights, save_adapter
+from modern_llm.models.adapter_folders import load_adapter_weights
 from modern_llm.models.adapters import adapter_layers, add_adapter, keep_frozen_in
-from modern_llm.models.build import grow_vocabulary, load_model, make_savable, refuse_pickles, start_hash
+from modern_llm.models.build import grow_vocabulary, load_model, refuse_pickles, start_hash
 from modern_llm.models.compilation import compile_layers
 from modern_llm.models.policy import Policy, disable_dropout, refuse_random_training
 from modern_llm.models.recomputation import recompute_activations
 from modern_llm.models.routing import check_routed
 from modern_llm.objectives import Objective
 from modern_llm.precision import choose_precision
+from modern_llm.training.contract import check_contract, context_length, contract
+from modern_llm.training.inputs import key_of
 from modern_llm.training.loop import Loop
 from modern_llm.training.optim import ParameterGroups
 from modern_llm.training.preflight import preflight
 from modern_llm.training.resume import newest_checkpoint
+from modern_llm.training.saving import Saver
 from modern_llm.training.speed import foreseen_seconds
+from modern_llm.training.stopping import StopRequest
 
 Dataset = TypeVar("Dataset", bound=DatasetConfig)
 
@@ -83,9 +89,13 @@ def open_checkpoint(
             adapters (`config`), which train none.
     """
     refuse_pickles(checkpoint, field)
-    folders.verify(checkpoint)
+    try:
+        manifest = verify(checkpoint)
+    except DamagedError as error:
+        raise DamagedError(f"{field}={str(checkpoint)!r} is damaged: {error}: use another checkpoint") from None
     model = load_model(checkpoint, field)
     tokenizer, recorded_name = checkpoint_tokenizer(checkpoint, tokenizer_name, field)
+    check_contract(manifest, model, tokenizer, f"{field}={str(checkpoint)!r}")
     lacking = grow_vocabulary(model, len(tokenizer))
     if lacking and config is not None and config.adapter is not None:
         raise UserError(
@@ -115,7 +125,8 @@ Prepare = Callable[[Policy, PreparedData, torch.dtype, RunLog], PreparedData]
 def train_stage(
     stage: Stage,
     config: TrainingConfig,
-    sections: dict[str, BaseModel],
+    sections: Mapping[str, BaseModel],
+    inputs: dict[str, Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     tokenizer_name: str,
@@ -134,6 +145,7 @@ def train_stage(
         stage: which stage this is.
         config: not resolved.
         sections: the stage's other configs by name.
+        inputs: of `modern_llm.training.inputs.stage_inputs`, for the record.
         model: where training starts, in fp32.
         tokenizer: travels with the checkpoint.
         tokenizer_name: what to record as its name.
@@ -147,56 +159,73 @@ def train_stage(
     Raises:
         UserError: the output folder holds a run with other inputs; the difference is named.
     """
+    began = time.monotonic()
     config = resolve(config, stage, distributed.world_size(), rows_per_epoch=data.train.epoch_size)
     if config.max_steps is None:
         raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
     device = distributed.device()
     if device.type == "cpu":
-        keep_freed_memory()
+        steady_memory()
     precision, why = choose_precision(config.mixed_precision, device)
     record = {
         **_inputs(stage, {"train": config, **sections}, model, data, tokenizer, parent),
         "reference": reference_weights,
         "tokenizer_name": tokenizer_name,
+        "contract": contract(model, tokenizer),
         "precision": str(precision).removeprefix("torch."),
     }
     assert config.output_dir is not None
-    assert config.run_name is not None
     _check_model(model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
-    found = newest_checkpoint(config.output_dir, config.run_name, final, record)
-    if found == final:
-        print(f"{config.run_name}: finished already: {final}", flush=True)
-        return final
-    state = None if found is None else _verified_state(found)
-    policy = _make_policy(model, config, device, drop_out, precision)
-    start = 0 if state is None else state["step"]
-    with RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to) as log:
-        _describe(log, policy, data, config, f"{device} {why}", found)
-
-        def save(step: int, training_state: dict[str, Any]) -> None:
-            target = config.output_dir / "checkpoints" / f"step-{step:06d}"  # type: ignore[operator]
-            _save(target, model, tokenizer, {**record, "step": step, "run": config.run_name}, training_state)
-
-        log.message(_compile(policy, stage, config, data, precision))
-        data = data if prepare is None else prepare(policy, data, precision, log)
-        if found is not None:
-            _load_weights(model, found)
-        loop = Loop(policy, objective, data, config, precision, log, save)
-        if state is None:
-            preflight(policy, loop.objective, data, tokenizer, precision, config, log)
-        else:
-            loop.load(state)
-        loop.run()
-        with loop.averaged_weights():
-            _save(final, model, tokenizer, {**record, "step": config.max_steps, "run": config.run_name})
-        log.message(f"saved {final}")
+    with only_writer(config.output_dir) if distributed.is_main() else nullcontext():
+        found, damaged = newest_checkpoint(final, record)
+        if found == final:
+            print(f"{config.run_name}: finished already: {final}", flush=True)
+            return final
+        state = None if found is None else load_state(found)
+        policy = _make_policy(model, config, device, drop_out, precision)
+        with _open_log(config, 0 if state is None else state["step"]) as log:
+            _describe(log, policy, data, config, f"{device} {why}", found, damaged)
+            log.message(_compile(policy, stage, config, data, precision))
+            data = data if prepare is None else prepare(policy, data, precision, log)
+            if found is not None:
+                _load_weights(model, found)
+            saver = Saver(model, tokenizer, {**record, "inputs": inputs, "key": key_of(inputs)}, config, log)
+            loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint)
+            if state is None:
+                preflight(policy, loop.objective, data, tokenizer, precision, config, log)
+            else:
+                loop.load(state)
+            with saver, StopRequest(config.max_minutes, began) as stop:
+                _run(loop, saver, stop, log)
+                with loop.averaged_weights():
+                    saver.final(final)
+            log.message(f"saved {final}")
     return final
+
+
+def _open_log(config: TrainingConfig, start: int) -> RunLog:
+    assert config.output_dir is not None
+    assert config.run_name is not None
+    assert config.max_steps is not None
+    lenient = config.on_save_error == "warn"
+    return RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to, lenient)
+
+
+def _run(loop: Loop, saver: Saver, stop: StopRequest, log: RunLog) -> None:
+    """Train to the end, or to where the run is asked to stop; what was saved then is on disk when this returns."""
+    try:
+        loop.run(stop)
+    except Stopped as stopped:
+        saver.finish(must=True)
+        distributed.wait_for_everyone()  # a launcher ends all ranks as soon as one is gone
+        log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
+        raise
 
 
 def _inputs(
     stage: Stage,
-    sections: dict[str, BaseModel],
+    sections: Mapping[str, BaseModel],
     model: PreTrainedModel,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
@@ -223,19 +252,17 @@ def _check_model(model: PreTrainedModel, data: PreparedData, config: TrainingCon
 
 
 def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
-    """Refuse samples with more positions than a learned table has; computed positions (RoPE) have no end."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    longest = data.longest
-    turns = _angles_change_beyond(model.config)
+    """Refuse samples that are longer than what the model is made for."""
+    limit, longest, turns = context_length(model), data.longest, _angles_change_beyond(model.config)
     if turns is not None and longest > turns:
         raise UserError(
             f"max_length: a sample has {longest} tokens, but the angles of this model's positions change for all samples of a "
             f"row where one has more than {turns}: set it to that"
         )
-    if limit is not None and longest > limit and any(limit <= table.num_embeddings <= limit + 2 for table in tables):
+    if limit is not None and longest > limit:
         raise UserError(
-            f"max_length: a sample has {longest} tokens, but the model has learned positions for {limit}: set it to that"
+            f"max_length: a sample has {longest} tokens, but the context length of the model is {limit} "
+            f"(max_position_embeddings): set it to that"
         )
 
 
@@ -261,11 +288,6 @@ def _add_adapter(model: PreTrainedModel, config: TrainingConfig, drop_out: bool)
         )
     add_adapter(model, config.adapter, config.seed)
     ParameterGroups(model).check(config)
-
-
-def _verified_state(found: Path) -> dict[str, Any]:
-    folders.verify(found)
-    return folders.load_state(found)
 
 
 def _load_weights(model: PreTrainedModel, found: Path) -> None:
@@ -302,9 +324,17 @@ def _compile(policy: Policy, stage: Stage, config: TrainingConfig, data: Prepare
 
 
 def _describe(
-    log: RunLog, policy: Policy, data: PreparedData, config: TrainingConfig, where: str, resumed: Path | None
+    log: RunLog,
+    policy: Policy,
+    data: PreparedData,
+    config: TrainingConfig,
+    where: str,
+    resumed: Path | None,
+    damaged: list[str],
 ) -> None:
     """What is about to run, in a few lines."""
+    for line in damaged:
+        log.message(f"WARNING: {line}")
     parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     if policy.note is not None:
         log.message(policy.note)
@@ -321,39 +351,5 @@ def _describe(
         )
     if resumed is not None:
         log.message(f"resuming from {resumed}")
-
-
-def end_token_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Tokens at which generation stops: the end of a document and the end of an assistant's turn."""
-    assert isinstance(tokenizer.eos_token_id, int)
-    return {tokenizer.eos_token_id, ChatEncoder(tokenizer).end_token_id}
-
-
-def _save(
-    target: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    manifest: dict[str, Any],
-    training_state: dict[str, Any] | None = None,
-) -> None:
-    """Write a checkpoint on the main rank; all ranks wait for it."""
-    if distributed.is_main():
-        with folders.atomic_folder(target) as scratch:
-            make_savable(model)
-            assert model.generation_config is not None
-            model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
-            model.generation_config.pad_token_id = tokenizer.eos_token_id
-            more = _save_model(model, scratch, target, manifest)
-            tokenizer.save_pretrained(scratch)
-            if training_state is not None:
-                folders.save_state(scratch, training_state)
-            folders.write_manifest(scratch, {**manifest, **more})
-    distributed.barrier()
-
-
-def _save_model(model: PreTrainedModel, scratch: Path, target: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the weights, or those of the adapters alone; returns what the manifest says of them."""
-    if not adapter_layers(model):
-        model.save_pretrained(scratch)
-        return {"weights": folders.weights_hash(model)}
-    return save_adapter(model, scratch, target, manifest["parent"], manifest["config"]["train"]["adapter"]["quantize"])
+    elif damaged:
+        log.message("no whole checkpoint is left: starting anew")

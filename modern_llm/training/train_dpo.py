@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from modern_llm import distributed
 from modern_llm.checkpoint import weights_hash
-from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig, UserError
+from modern_llm.config import DPOConfig, PreferenceDatasetConfig, StrictModel, TrainingConfig, UserError
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
@@ -18,6 +18,7 @@ from modern_llm.models.adapters import adapters_off
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
+from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, open_reference, train_stage
 
 __all__ = ["DPOConfig", "PreferenceDatasetConfig", "run_dpo"]
@@ -56,6 +57,7 @@ def run_dpo(
         preference_config = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
         model, tokenizer, recorded_name = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config)
+        sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
         reference = open_reference(dpo_config, tokenizer)
         objective = PreferenceObjective(dpo_config)
 
@@ -65,7 +67,8 @@ def run_dpo(
         return train_stage(
             stage="dpo",
             config=train_config,
-            sections={"dpo": dpo_config, "data": preference_config},
+            sections=sections,
+            inputs=stage_inputs("dpo", train_config, sections, sft_checkpoint),
             model=model,
             tokenizer=tokenizer,
             tokenizer_name=recorded_name,

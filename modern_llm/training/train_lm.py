@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from modern_llm import distributed
-from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, TrainingConfig
+from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, StrictModel, TrainingConfig
 from modern_llm.data.lm_datasets import prepare_documents, training_texts
 from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_tokenizer, train_tokenizer
 from modern_llm.models.build import build_model
 from modern_llm.objectives import LanguageModelingObjective
+from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.stage import check_early, dataset_or_default, train_stage
 
 __all__ = ["LanguageModelingDatasetConfig", "run_training"]
@@ -38,6 +39,8 @@ def run_training(
         check_early("pretrain", train_config)
         dataset_config = dataset_or_default(dataset_config, train_config, LanguageModelingDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
+        sections: dict[str, StrictModel] = {"model": model_config, "data": dataset_config}
+        inputs = stage_inputs("pretrain", train_config, sections, tokenizer_name=tokenizer_name)
         if tokenizer_name is None:
             tokenizer = train_tokenizer(training_texts(dataset_config), model_config.vocab_size or DEFAULT_VOCAB_SIZE)
             model_config = model_config.model_copy(update={"vocab_size": None})  # small texts fill a smaller vocabulary
@@ -49,6 +52,7 @@ def run_training(
             stage="pretrain",
             config=train_config,
             sections={"model": model_config, "data": dataset_config},
+            inputs=inputs,
             model=model,
             tokenizer=tokenizer,
             tokenizer_name=tokenizer_name or "trained",

@@ -7,6 +7,7 @@ from modern_llm.config import InstructionDatasetConfig, TrainingConfig
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.objectives import LanguageModelingObjective
+from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, train_stage
 
 __all__ = ["InstructionDatasetConfig", "run_sft"]
@@ -43,6 +44,7 @@ def run_sft(
             stage="sft",
             config=train_config,
             sections={"data": dataset_config},
+            inputs=stage_inputs("sft", train_config, {"data": dataset_config}, pretrain_checkpoint),
             model=model,
             tokenizer=tokenizer,
             tokenizer_name=recorded_name,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from modern_llm.checkpoint import weights_hash
+from modern_llm.checkpoint import weights_hash, write_manifest
 from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.layout import pack
@@ -256,7 +256,7 @@ def test_every_family_trains_packed_and_merges_into_a_plain_folder_with_the_same
         assert Policy(model).packs
         folder = tmp_path / kind
         folder.mkdir()
-        save_adapter(model, folder, folder, {"checkpoint": str(tmp_path / "base"), "weights": ""}, None)
+        save_adapter(model, adapter_weights(model), folder, folder, {"checkpoint": str(tmp_path / "base"), "weights": ""}, None)
         merged = load_model(folder)
         assert not adapter_layers(merged)
         merged.save_pretrained(tmp_path / f"{kind}-merged")
@@ -293,9 +293,16 @@ def test_nf4_is_kept_in_4_bits_passes_the_policys_check_and_is_the_model_that_is
     with adapters_off(model):
         assert float((logits(model) - full).abs().max()) > 1e-3
     (tmp_path / "adapter").mkdir()
-    section = save_adapter(model, tmp_path / "adapter", tmp_path / "adapter", {"checkpoint": str(start), "weights": ""}, "nf4")
+    section = save_adapter(
+        model,
+        adapter_weights(model),
+        tmp_path / "adapter",
+        tmp_path / "adapter",
+        {"checkpoint": str(start), "weights": ""},
+        "nf4",
+    )
     del section["adapter"]["base_weights"]
-    (tmp_path / "adapter" / "modern_llm.json").write_text(json.dumps({**section, "files": {}}))
+    write_manifest(tmp_path / "adapter", section)
     assert float((logits(load_model(tmp_path / "adapter")) - on).abs().max()) <= 1e-5 * float(on.abs().max())
     assert Policy(model).packs
 
@@ -434,7 +441,7 @@ def test_an_adapter_on_a_tied_head_is_refused(tokenizer: PreTrainedTokenizerFast
 
 def test_adapter_weights_come_back_to_the_last_bit(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = adapted(tiny_model(tokenizer), kind="dora")
-    save_adapter(model, tmp_path, tmp_path, {"checkpoint": "somebody/model", "weights": ""}, None)
+    save_adapter(model, adapter_weights(model), tmp_path, tmp_path, {"checkpoint": "somebody/model", "weights": ""}, None)
     other = adapted(tiny_model(tokenizer), trained=False, seed=9, kind="dora")
     load_adapter_weights(other, tmp_path)
     assert identical(adapter_weights(other), adapter_weights(model))

@@ -1,0 +1,50 @@
+"""What stages agree on: template, end tokens, vocabulary and context length travel with the checkpoint, and are checked."""
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modern_llm.config import UserError
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.tokenizer import template_fingerprint
+from modern_llm.models.policy import vocabulary_rows
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Tokens at which generation stops: the end of a document and the end of an assistant's turn."""
+    assert isinstance(tokenizer.eos_token_id, int)
+    return {tokenizer.eos_token_id, ChatEncoder(tokenizer).end_token_id}
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest sequence that the model is made for; None: it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the next stage may rely on."""
+    return {
+        "template": template_fingerprint(tokenizer),
+        "end_tokens": sorted(end_token_ids(tokenizer)),
+        "vocabulary": vocabulary_rows(model),
+        "context_length": context_length(model),
+    }
+
+
+def check_contract(
+    manifest: dict[str, Any] | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, where: str
+) -> None:
+    """Compare what was loaded with what the manifest of one of our folders promises.
+
+    Raises:
+        UserError: they differ, with both values.
+    """
+    promised = (manifest or {}).get("contract")
+    if promised is None:
+        return
+    for name, found in contract(model, tokenizer).items():
+        if promised.get(name) != found:
+            raise UserError(
+                f"{where}: {name} is {found!r}, but the stage before left {promised.get(name)!r}: the versions of "
+                f"transformers and tokenizers that it was saved with are in its modern_llm.json"
+            )

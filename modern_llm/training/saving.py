@@ -1,0 +1,162 @@
+"""Writing checkpoints beside the training: what is to be saved is copied, and a thread writes the copy."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modern_llm import checkpoint as folders
+from modern_llm import distributed
+from modern_llm.config import TrainingConfig
+from modern_llm.exit_codes import StorageError
+from modern_llm.metrics import RunLog
+from modern_llm.models.adapter_folders import adapter_weights, save_adapter
+from modern_llm.models.adapters import adapter_layers
+from modern_llm.models.build import make_savable
+from modern_llm.training.contract import end_token_ids
+
+
+class Saver:
+    """Saves a run's checkpoints, on the main rank; other ranks pass. At most one is being written at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        record: dict[str, Any],
+        config: TrainingConfig,
+        log: RunLog,
+    ) -> None:
+        """
+        Args:
+            model: what is trained.
+            tokenizer: travels with every checkpoint.
+            record: what every manifest says.
+            config: resolved.
+            log: told of what could not be saved.
+        """
+        assert config.output_dir is not None
+        self.model, self.record, self.config, self.log = model, record, config, log
+        self.folder = config.output_dir / "checkpoints"
+        self.last_saved: Path | None = None
+        self.pending: Future[None] | None = None
+        make_savable(model)
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
+        model.generation_config.pad_token_id = tokenizer.eos_token_id
+        self.tokenizer_files = _files_of(tokenizer)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.thread.shutdown(wait=True)
+        if kind is None:
+            self.finish()
+
+    def checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Copy weights and state, and have them written as `checkpoints/step-000500`.
+
+        Raises:
+            StorageError: the checkpoint before could not be written, and `on_save_error` is `stop`.
+        """
+        self.finish()
+        if distributed.is_main():
+            target = self.folder / f"step-{step:06d}"
+            weights, kept = self._weights(), folders.copied(state)
+            self.pending = self.thread.submit(self._write, target, weights, step, kept)
+
+    def finish(self, must: bool = False) -> None:
+        """Wait for what is being written.
+
+        Args:
+            must: whether a failure is an error whatever `on_save_error` says.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except StorageError as error:
+            message = f"{error}; {self._what_is_there()}"
+            if must or self.config.on_save_error == "stop":
+                raise StorageError(f"{message}: make room there, and run the same again") from error
+            self.log.message(f"WARNING: {message}; going on without it (on_save_error: warn)")
+
+    def _what_is_there(self) -> str:
+        return "no checkpoint is there yet" if self.last_saved is None else f"{self.last_saved.name} is whole"
+
+    def final(self, target: Path) -> None:
+        """Write the finished checkpoint and wait for it, on every rank.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self.finish()
+        if distributed.is_main():
+            try:
+                self._write(target, self._weights(), self.config.max_steps)
+            except StorageError as error:
+                raise StorageError(f"{error}; {self._what_is_there()}: make room there, and run the same again") from error
+        distributed.barrier()
+
+    def _write(self, target: Path, weights: dict[str, Tensor], step: int | None, state: dict[str, Any] | None = None) -> None:
+        manifest = {**self.record, "step": step, "run": self.config.run_name}
+        with folders.atomic_folder(target) as scratch:
+            if adapter_layers(self.model):
+                quantize = manifest["config"]["train"]["adapter"]["quantize"]
+                more = save_adapter(self.model, weights, scratch, target, manifest["parent"], quantize)
+            else:
+                more = {"weights": folders.weights_hash(weights)}
+                self.model.save_pretrained(scratch, state_dict=weights)  # it empties the dict
+            for name, content in self.tokenizer_files.items():
+                (scratch / name).write_bytes(content)
+            if state is not None:
+                folders.save_state(scratch, state)
+            folders.write_manifest(scratch, {**manifest, **more})
+        if state is not None:
+            self.last_saved = target
+            self._forget_old(step or 0)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Copies on the host; tied weights stay one tensor."""
+        memo: dict[tuple[Any, ...], Tensor] = {}
+        copies = {}
+        for name, tensor in (adapter_weights(self.model) if adapter_layers(self.model) else self.model.state_dict()).items():
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if place not in memo:
+                memo[place] = folders.copied(tensor)
+            copies[name] = memo[place]
+        return copies
+
+    def _forget_old(self, step: int) -> None:
+        """Remove this run's periodic checkpoints but the newest `keep_checkpoints` up to this step, which is whole."""
+        if self.config.keep_checkpoints is None:
+            return
+        mine = []
+        for folder in sorted(self.folder.glob("step-*")):
+            try:
+                manifest = folders.read_manifest(folder) or {}
+            except folders.DamagedError:
+                continue
+            if manifest.get("run") == self.config.run_name and manifest.get("step", step + 1) <= step:
+                mine.append(folder)
+        for folder in mine[: -self.config.keep_checkpoints]:
+            with folders.storing(folder):
+                folders.remove_folder(folder)
+
+
+def _files_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
+    """A tokenizer's files: they stay the same, and large ones take a second to make."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in found}
