@@ -33,6 +33,7 @@ STATE_TENSORS = "training/state.safetensors"
 STATE_JSON = "training/state.json"
 OWN_HASH = "manifest_sha256"
 _TENSOR = "$tensor"
+MOST_STATE_BYTES = 2**28
 _SCRATCH = ".partial"
 
 
@@ -54,9 +55,6 @@ def storing(target: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(f"{target}: could not be written: {reason}") from error
-
-
-MOST_STATE_BYTES = 2**28
 
 
 @contextmanager
@@ -161,7 +159,7 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `modern_llm.json`: the content without secrets, versions, size and sha256 of every other file, and its own hash."""
+    """Write `modern_llm.json`: the content without secrets, versions, size and sha256 of each file, and a hash of all this."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
@@ -194,28 +192,34 @@ def read_manifest(folder: Path | str) -> dict[str, Any] | None:
         manifest = read_json(path, "manifest")
     except UserError as error:
         raise DamagedError(str(error)) from None
-    wrong = [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name), kind | None)]
-    wrong += [name for name in ("files", OWN_HASH) if manifest.get(name) is None]
-    if not wrong:
-        run = manifest.get("run") or "run"  # a part of the names of folders
-        wrong += [] if len(run) <= 200 and re.fullmatch(RUN_NAME, run) else ["run"]
-        entries = {name: entry if isinstance(entry, dict) else {} for name, entry in manifest["files"].items()}
-        wrong += [n for n, e in entries.items() if not isinstance(e.get("size"), int) or not isinstance(e.get("sha256"), str)]
-    if wrong:
-        raise DamagedError(f"{path}: damaged manifest, what it says of {shown(wrong[0])}")
+    wrong = next(_misshapen(manifest), None)
+    if wrong is not None:
+        raise DamagedError(f"{path}: damaged manifest, what it says of {shown(wrong)}")
     if manifest[OWN_HASH] != _hash_of(manifest):
         raise DamagedError(f"{path}: damaged manifest: it differs from what was saved (sha256)")
     return manifest
 
 
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("files", "versions", "config", "parent", "adapter", "inputs", "contract"), dict),
-    **dict.fromkeys(
-        ("stage", "run", "weights", "start_weights", "data", "tokenizer", "tokenizer_name", "precision", "key", OWN_HASH), str
-    ),
-    "step": int,
-}
-"""Types of what a manifest says; any of it may be missing or null."""
+_OBJECTS = ("versions", "config", "parent", "adapter", "inputs", "contract")
+_TEXTS = ("stage", "run", "weights", "start_weights", "data", "tokenizer", "tokenizer_name", "precision", "key")
+
+
+def _misshapen(manifest: dict[str, Any]) -> Iterator[str]:
+    """What a manifest says in another form than ours do. It may have been written by anyone, hash included."""
+    for kind, names in ((dict, _OBJECTS), (str, _TEXTS), (int, ("step",))):
+        yield from (name for name in names if not isinstance(manifest.get(name), kind | None))
+    run, key = manifest.get("run") or "run", manifest.get("key") or "0"
+    if len(run) > 200 or not re.fullmatch(RUN_NAME, run):  # a part of the names of folders, as the key is
+        yield "run"
+    if not re.fullmatch("[0-9a-f]{1,64}", key):
+        yield "key"
+    if not isinstance(manifest.get(OWN_HASH), str):
+        yield OWN_HASH
+    files = manifest.get("files")
+    for name, entry in files.items() if isinstance(files, dict) else (("files", None),):
+        known = entry if isinstance(entry, dict) else {}
+        if not isinstance(known.get("size"), int) or not isinstance(known.get("sha256"), str):
+            yield name
 
 
 def inside(folder: Path, name: str) -> Path:

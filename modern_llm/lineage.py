@@ -29,14 +29,22 @@ def verify_lineage(checkpoint: Path) -> None:
     if read_manifest(checkpoint) is None:
         raise UserError(f"checkpoint={str(checkpoint)!r}: no modern_llm.json is there: give a checkpoint of this package")
     problems: list[str] = []
-    for line in _chain(checkpoint, problems):
-        print(line, flush=True)
+    try:
+        for line in _chain(checkpoint, problems):
+            print(line, flush=True)
+    except (KeyError, TypeError, AttributeError):
+        problems.append(f"{checkpoint}: its manifest, or that of an ancestor, does not say what ours say")
     if problems:
         raise DamagedError("\n".join(problems))
 
 
 def _chain(checkpoint: Path, problems: list[str]) -> Iterator[str]:
+    seen: set[Path] = set()
     while True:
+        if checkpoint.resolve() in seen:
+            problems.append(f"{checkpoint}: stands among its own ancestors")
+            return
+        seen.add(checkpoint.resolve())
         try:
             manifest = verify(checkpoint)
         except DamagedError as error:
@@ -108,11 +116,11 @@ def explain_difference(first: Path, second: Path) -> list[str]:
     compared = [{name: m.get(name) for name in ("stage", "step", "precision", "versions", "contract")} for m in manifests]
     found = [*differences(a.get("inputs") or {}, b.get("inputs") or {}), *differences(compared[0], compared[1])]
     lines = [f"{name}: {short(there)} | {short(now)}" for name, there, now in found]
-    same_weights = a["weights"] == b["weights"]
+    same_weights = a.get("weights") == b.get("weights")
     if same_weights:
-        lines.append(f"weights: the same ({short(a['weights'])})")
+        lines.append(f"weights: the same ({short(a.get('weights'))})")
     else:
-        lines.append(f"weights: {short(a['weights'])} | {short(b['weights'])}")
+        lines.append(f"weights: {short(a.get('weights'))} | {short(b.get('weights'))}")
     if not found and not same_weights:
         lines.append("nothing that is recorded differs: another machine, number of threads, or number of processes")
     return lines

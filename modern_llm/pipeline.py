@@ -12,12 +12,13 @@ from typing import Any
 from modern_llm import distributed
 from modern_llm.checkpoint import write_text
 from modern_llm.config import PipelineConfig, StrictModel, TrainingConfig
-from modern_llm.config.io import plain
+from modern_llm.config.io import plain, read_json
 from modern_llm.config.training import Stage
 from modern_llm.evaluation.stages import HeldOut, held_out, measure
 from modern_llm.exit_codes import GateError, Stopped
 from modern_llm.report.table import show, write_report
 from modern_llm.reuse import Decision, decide, place_of, settle
+from modern_llm.secrets import record_without_secrets
 from modern_llm.training.inputs import KINDS, code_version, content_of, deciding, identity, libraries, stage_inputs
 from modern_llm.training.train_dpo import run_dpo
 from modern_llm.training.train_lm import run_training
@@ -186,21 +187,22 @@ def _measured_of(config: PipelineConfig, checkpoint: Path, anchor: Path | str | 
         sections = sections_of(config, stage)
         rows = content_of(getattr(config, stage).data, KINDS[stage])
         data[stage] = {**{name: deciding(section) for name, section in sections.items()}, "rows": rows}
-    return {
+    measured = {
         "checkpoint": identity(checkpoint),
         "anchor": None if anchor is None else identity(anchor),
         "evaluation": plain(config.evaluation),
         "data": data,
         "code": {"modern_llm": code_version("evaluation.stages"), **libraries()},
     }
+    return record_without_secrets(measured)
 
 
 def _known(file: Path, measured: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured before of the same things; None: nothing was."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return content if content["of"] == measured else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # never written, or damaged: measured again
+    except (ValueError, KeyError, TypeError):  # never written, or damaged: measured again
         return None
 
 

@@ -174,7 +174,7 @@ def stored(key: dict[str, Any], build: Callable[[Path], None]) -> Store:
     """
     name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / name
-    litter_name = f".{name}.{socket.gethostname()}.{os.getpid()}.{os.urandom(4).hex()}.partial"
+    litter_name = scratch_name(name)
     if folder.is_dir():  # it got this name when it was complete
         try:
             return Store(folder)
@@ -184,7 +184,7 @@ def stored(key: dict[str, Any], build: Callable[[Path], None]) -> Store:
             shutil.rmtree(folder.with_name(litter_name), ignore_errors=True)
     with storing(folder):  # readers of the rows raise errors of their own
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_litter(folder.parent)
+        remove_litter_of_the_dead(folder.parent)
         scratch = folder.with_name(litter_name)
         scratch.mkdir()
         try:
@@ -195,14 +195,22 @@ def stored(key: dict[str, Any], build: Callable[[Path], None]) -> Store:
     return Store(folder)
 
 
-def _remove_litter(parent: Path) -> None:
-    """Remove what killed builds of this machine left."""
+def scratch_name(name: str) -> str:
+    """The name of what this process is writing, to be called `name` when it is whole."""
+    return f".{name}.{socket.gethostname()}.{os.getpid()}.{os.urandom(4).hex()}.partial"
+
+
+def remove_litter_of_the_dead(parent: Path) -> None:
+    """Remove what killed processes of this machine left half-written in a folder that several may write to."""
     prefix = f".{socket.gethostname()}."
     for path in parent.glob(".*.partial"):
         _, found, rest = path.name.partition(prefix)
         process = rest.split(".")[0]
         if found and process.isdigit() and not _is_alive(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

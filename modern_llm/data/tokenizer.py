@@ -62,6 +62,7 @@ def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
         raise UserError(
             f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop"
         )
+    tokenizer.init_kwargs.pop("local_files_only", None)  # transformers 5.23 would save it, where the hub was not asked
     return with_chat_template(tokenizer)
 
 

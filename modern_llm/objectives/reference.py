@@ -10,7 +10,6 @@ ranks or runs can fill one table at once. No random number is drawn.
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from modern_llm import distributed
 from modern_llm.checkpoint import storing, weights_hash
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
-from modern_llm.data.store import cache_folder
+from modern_llm.data.store import cache_folder, remove_litter_of_the_dead, scratch_name
 from modern_llm.models.adapters import state_without_adapters
 from modern_llm.models.policy import Policy
 from modern_llm.objectives.answers import answer_scores
@@ -62,6 +61,7 @@ def _table(examples: Mixture, reference: Policy, precision: torch.dtype, weights
     folder = cache_folder() / f"reference-{_key(examples, reference, precision, weights)}"
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        remove_litter_of_the_dead(folder)
     starts = range(0, len(examples), PART)
     mine = [start for number, start in enumerate(starts) if number % distributed.world_size() == distributed.rank()]
     computed = _fill(folder, mine, examples, reference, precision)
@@ -82,7 +82,7 @@ def _fill(folder: Path, starts: list[int], examples: Mixture, reference: Policy,
         for start in missing:
             part = [replace(examples[start + i], row=i) for i in range(wanted[start])]
             table = _compute(part, reference, precision)
-            scratch = folder / f".{_name(start)}.{os.getpid()}.{os.urandom(4).hex()}"
+            scratch = folder / scratch_name(_name(start))
             with storing(folder):
                 try:
                     save_file({"logprobs": table}, scratch, metadata={"sha256": _sha256(table)})

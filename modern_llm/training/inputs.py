@@ -61,7 +61,7 @@ def stage_inputs(
     data, dpo = sections["data"], sections.get("dpo")
     assert isinstance(data, DatasetConfig)
     reference = dpo.reference_checkpoint if isinstance(dpo, DPOConfig) else None
-    found = {
+    inputs = {
         "stage": stage,
         "config": configs,
         "data": content_of(data, KINDS[stage]),
@@ -70,7 +70,7 @@ def stage_inputs(
         "tokenizer": None if tokenizer_name is None else template_fingerprint(load_tokenizer(tokenizer_name)),
         "code": {"modern_llm": code_version(MODULES[stage]), **libraries()},
     }
-    return record_without_secrets(found)  # as a manifest has it
+    return record_without_secrets(inputs)  # as the manifest will have them, so that both have one key
 
 
 def key_of(inputs: dict[str, Any], any_code: bool = False) -> str:
@@ -117,7 +117,7 @@ def identity(checkpoint: Path | str) -> dict[str, Any]:
         return {"hub": str(checkpoint), "commit": commit}
     manifest = read_manifest(folder)
     if manifest is not None:
-        return {"weights": manifest["weights"], "template": manifest["contract"]["template"]}
+        return {"weights": manifest.get("weights"), "template": (manifest.get("contract") or {}).get("template")}
     files = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
     found: dict[str, Any] = {"files": {path.name: sha256_of_file(path) for path in files}}
     return {**found, "base": identity(base_of(folder, "checkpoint"))} if is_adapter(folder) else found

@@ -61,6 +61,7 @@ class Loop:
         precision: torch.dtype,
         log: RunLog,
         save: Callable[[int, dict[str, Any]], None],
+        check_saves: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -71,10 +72,11 @@ class Loop:
             precision: type of matrix products.
             log: where numbers go.
             save: called with (step, state) at every `save_every`-th step.
+            check_saves: called after every step; raises what went wrong with an earlier save.
         """
         self.policy, self.data, self.config = policy, data, config
         self.objective = Balanced(objective, policy, config.balance_loss) if config.balance_loss else objective
-        self.precision, self.log, self.save = precision, log, save
+        self.precision, self.log, self.save, self.check_saves = precision, log, save, check_saves
         self.optimizer = Optimizer(policy.model, config, policy.device)
         for note in self.optimizer.notes:
             log.message(note)
@@ -156,6 +158,7 @@ class Loop:
                 self.step += 1
                 self.position = batch.after
                 self.log.advance()
+                self.check_saves()
                 self._stop_if_asked(saved=self._periodic_work())
         if summary := self.objective.closing(self.last_evaluation, self.data.report):
             self.log.message(summary)

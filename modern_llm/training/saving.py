@@ -72,6 +72,15 @@ class Saver:
             weights, kept = self._weights(), folders.copied(state)
             self.pending = self.thread.submit(self._write, target, weights, step, kept)
 
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if it is done; called after every step.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if self.pending is not None and self.pending.done():
+            self.finish()
+
     def finish(self, must: bool = False) -> None:
         """Wait for what is being written.
 

@@ -191,7 +191,7 @@ def train_stage(
             if found is not None:
                 _load_weights(model, found)
             saver = Saver(model, tokenizer, {**record, "inputs": inputs, "key": key_of(inputs)}, config, log, found)
-            loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint)
+            loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint, saver.check)
             if state is None:
                 preflight(policy, loop.objective, data, tokenizer, precision, config, log)
             else:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -156,7 +157,9 @@ def try_cases(number: int, write: Callable[[int], str], read: Callable[[], None]
         except Hang:
             counts.hangs.append(f"case {case}")
         except Exception as error:
-            counts.tracebacks.append(f"case {case}: {type(error).__name__}: {str(error)[:300]}")
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            counts.tracebacks.append(f"case {case}: {what} ({Path(where.filename).name}, line {where.lineno})")
         counts.strays += [f"case {case}: {stray}" for stray in strays]
     return counts
 

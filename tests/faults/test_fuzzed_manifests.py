@@ -2,15 +2,19 @@
 
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fuzz import CASES, damaged, mutated, try_cases
 
-from modern_llm.checkpoint import MANIFEST, read_manifest, verify
+from modern_llm.checkpoint import MANIFEST, OWN_HASH, read_manifest, seal, verify
 from modern_llm.config import InstructionDatasetConfig, TrainingConfig, UserError
+from modern_llm.lineage import explain_difference, verify_lineage
 from modern_llm.models.adapter_folders import adapter_section, base_of
+from modern_llm.reuse import decide
+from modern_llm.training.inputs import identity
 from modern_llm.training.resume import newest_checkpoint
 from modern_llm.training.train_sft import run_sft
 
@@ -34,6 +38,13 @@ def run(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def hash_of(content: dict[str, Any]) -> str:
+    """The hash that a manifest of this content has."""
+    with tempfile.TemporaryDirectory() as folder:
+        seal(Path(folder), content)
+        return json.loads((Path(folder) / MANIFEST).read_text())[OWN_HASH]
+
+
 def broken(manifest: dict[str, Any], case: int) -> bytes:
     """The manifest of a number."""
     chance = random.Random(case)
@@ -41,7 +52,11 @@ def broken(manifest: dict[str, Any], case: int) -> bytes:
     if case % 10 < 4:
         return damaged(whole, chance, PIECES)
     try:
-        return json.dumps(mutated(manifest, chance), default=str).encode("utf-8", "surrogatepass")
+        changed = json.dumps(mutated(manifest, chance), default=str)
+        content = json.loads(changed)
+        if case % 10 < 9 and isinstance(content, dict):  # hash included, as somebody would who means harm
+            return json.dumps({**content, OWN_HASH: hash_of(content)}).encode("utf-8", "surrogatepass")
+        return changed.encode("utf-8", "surrogatepass")
     except (RecursionError, TypeError):  # too deep for what writes it, or a key of a kind that JSON has not
         return b'{"files": ' + b"[" * 5000
 
@@ -52,22 +67,33 @@ def test_broken_manifests_are_read_or_refused_by_name(place: str, run: Path, mon
     manifest = read_manifest(folder)
     assert manifest is not None
     whole = (folder / MANIFEST).read_bytes()
+    inputs = manifest["inputs"]
     record = {name: manifest[name] for name in ("stage", "config", "parent", "start_weights", "data", "tokenizer")}
     monkeypatch.chdir(folder)
 
+    number = 0
+
     def write(case: int) -> str:
+        nonlocal number
+        number = case
         (folder / MANIFEST).write_bytes(broken(manifest, case))
         return str(run)
 
     def read() -> None:
         refusal: UserError | None = None
-        final = run / ("sft_final" if place == "sft_final" else "absent_final")
-        for reader in (
+        always = (
             lambda: verify(folder),
-            lambda: newest_checkpoint(final, record),
+            lambda: newest_checkpoint(run / ("sft_final" if place == "sft_final" else "absent_final"), record),
             lambda: base_of(folder, "sft_checkpoint"),
             lambda: adapter_section(folder),
-        ):
+            lambda: identity(folder),
+        )
+        in_turn = (
+            lambda: verify_lineage(folder),
+            lambda: explain_difference(folder, run / "sft_final"),
+            lambda: decide("sft", TrainingConfig(output_dir=run), inputs, any_code=True),
+        )
+        for reader in (*always, in_turn[number % len(in_turn)]):
             try:
                 reader()
             except UserError as error:

@@ -1,6 +1,7 @@
 """Names that come from elsewhere lead nowhere: not out of a checkpoint, nor to files outside of output folder and cache."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 from fuzz import watched_writes
 from huggingface_hub import constants
 
-from modern_llm.checkpoint import MANIFEST, inside, read_manifest, seal, verify, write_manifest
+from modern_llm.checkpoint import MANIFEST, OWN_HASH, inside, read_manifest, seal, verify, write_manifest
 from modern_llm.config import InstructionDatasetConfig, TrainingConfig, UserError
 from modern_llm.data.store import CACHE_VARIABLE
+from modern_llm.lineage import verify_lineage
+from modern_llm.reuse import decide, settle
 from modern_llm.training.train_sft import run_sft
 
 ELSEWHERE = (
@@ -46,7 +49,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(name: str, checkpoint: Path) -> None:
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     manifest["files"][name] = {"size": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}
-    seal(checkpoint, manifest)
+    seal(checkpoint, {key: value for key, value in manifest.items() if key != OWN_HASH})  # as who means harm would
     with pytest.raises(UserError, match="is no file of that folder") as refused:
         verify(checkpoint)
     assert str(refused.value).startswith(f"{checkpoint / MANIFEST}: ")
@@ -90,9 +93,10 @@ def test_a_run_name_that_is_no_plain_name_is_refused(name: str) -> None:
 
 @pytest.fixture
 def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which everything is: the cache, that of the hub, and where the run is started."""
+    """A folder in which everything is: the caches, what is temporary, and where the run is started."""
     home = tmp_path / "home"
-    home.mkdir()
+    (home / "temporary").mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(home / "temporary"))
     monkeypatch.chdir(home)
     monkeypatch.setenv(CACHE_VARIABLE, str(home / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
@@ -133,5 +137,37 @@ def test_a_whole_run_writes_to_its_folder_and_the_cache_only(start: Path, closed
         final = run_sft(start, config(str(start)).model_copy(update={"report_to": ("tensorboard",), "save_every": 1}), village)
     assert final == Path("out/sft_final")
     assert strays == []
-    assert {path.name for path in closed.iterdir()} <= {"out", "cache"}
+    assert {path.name for path in closed.iterdir()} <= {"out", "cache", "temporary"}
+    assert list((closed / "temporary").iterdir()) == []
     assert read_manifest(final) is not None
+
+
+# What a manifest says that is made into a path, or followed
+
+
+@pytest.fixture
+def finished(start: Path, closed: Path) -> Path:
+    village = InstructionDatasetConfig(dataset_name="builtin:village", max_rows=4)
+    return run_sft(start, config(str(start)), village)
+
+
+def changed(checkpoint: Path, **changes: Any) -> None:
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    seal(checkpoint, {key: value for key, value in {**manifest, **changes}.items() if key != OWN_HASH})
+
+
+@pytest.mark.parametrize("changes", [{"key": "../../../x"}, {"key": "/tmp/x"}, {"run": "../../x"}, {"run": "x" * 300}])
+def test_a_run_is_never_moved_to_where_a_manifest_says(changes: dict[str, Any], finished: Path, closed: Path) -> None:
+    changed(finished, **changes)
+    with watched_writes(closed / "out") as strays:
+        decision = decide("sft", TrainingConfig(output_dir=finished.parent), {"stage": "sft"}, any_code=False)
+        assert settle(decision, TrainingConfig(output_dir=finished.parent)) is None
+    assert decision.action == "train"
+    assert strays == []
+    assert finished.is_dir()
+
+
+def test_a_checkpoint_among_its_own_ancestors_is_named(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed(finished, parent={"checkpoint": str(finished), "weights": "0"})
+    with pytest.raises(UserError, match="stands among its own ancestors"):
+        verify_lineage(finished)
