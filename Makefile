@@ -23,10 +23,13 @@ quickstart: .venv/.installed  ## the whole pipeline on the built-in world, in mi
 	$(BIN)/modern-llm run configs/quickstart.yaml
 
 test: .venv/.installed-dev  ## every test but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not faults"
 
 test-slow: .venv/.installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+faults: .venv/.installed-dev  ## runs killed, signalled, damaged and refused by the disk, hundreds of times; prints its counts
+	FAULT_KILLS=200 FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -s
 
 bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
 	$(BIN)/python experiments/benchmarks/data/run.py
@@ -54,9 +57,6 @@ bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, pl
 
 bench-plan: .venv/.installed  ## memory and time as `plan` foresees them, against five runs; the last line is JSON
 	$(BIN)/python experiments/benchmarks/plan/run.py $(ARGS)
-
-faults: .venv/.installed-dev  ## the long form of the tests that break things on purpose; they print what they counted
-	OMP_NUM_THREADS=1 FUZZ_CASES=10000 $(BIN)/python -m pytest tests/faults/test_fuzzed_configs.py tests/faults/test_fuzzed_manifests.py -s
 
 check: .venv/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

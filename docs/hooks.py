@@ -20,6 +20,7 @@ from modern_llm.config.commands import (
     InspectArguments,
     PlanArguments,
     PretrainArguments,
+    ReplayArguments,
     SFTArguments,
     TokenizerArguments,
 )
@@ -29,7 +30,7 @@ from modern_llm.data import village
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     PipelineConfig, PretrainArguments, SFTArguments, DPOArguments, TokenizerArguments, InspectArguments, CompareArguments,
-    PlanArguments, BenchArguments, ExportArguments,
+    PlanArguments, BenchArguments, ExportArguments, ReplayArguments,
 )  # fmt: skip
 """What a YAML file can hold; every other config class is reached from these."""
 

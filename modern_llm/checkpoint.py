@@ -46,11 +46,13 @@ def storing(target: Path) -> Iterator[None]:
     """Inside, a failing write becomes an error that says what was to be written, and why it was not.
 
     Raises:
-        StorageError: in place of the system's error, which safetensors wraps in one of its own.
+        StorageError: in place of the system's error, which safetensors and tokenizers wrap in errors of their own.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and not (type(error) is Exception and "(os error " in str(error)):
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(f"{target}: could not be written: {reason}") from error
 
@@ -97,8 +99,10 @@ def publish_folder(scratch: Path, target: Path, replace: bool) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder such that nobody finds half of it under its name."""
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_SCRATCH, dir=folder.parent))
-    folder.rename(aside / folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        folder.rename(aside / folder.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_litter(folder: Path) -> None:
@@ -155,7 +159,7 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write `modern_llm.json`: the content without secrets, versions, size and sha256 of each file, and a hash of all this."""
+    """Write `modern_llm.json`: the content without secrets, versions, size and sha256 of every other file, and its own hash."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))

@@ -313,10 +313,10 @@ def main(command: str | None = None) -> None:
         _fail(str(error), code_of(error))
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except OSError as error:  # outside of what is saved on purpose, such as a cache of another library
         if error.errno == errno.ENAMETOOLONG:
             _fail(f"{shown(str(error.filename))}: no file can have so long a name")
-        _fail(f"{error}", STORAGE_FAILED)  # outside of what is saved on purpose, such as a cache of another library
+        _fail(str(error), STORAGE_FAILED)
     except KeyboardInterrupt:  # while nothing was being trained
         _fail("interrupted; the same command goes on from the newest checkpoint", code=130)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from modern_llm.checkpoint import storing
+from modern_llm.checkpoint import remove_litter, storing
 from modern_llm.config import UserError
 
 LOCK = ".lock"
@@ -20,6 +20,8 @@ LOCK = ".lock"
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Inside, no other process (or thread) is in here for the same folder, which is made if it is not there.
+
+    What a killed writer left half-written in it, or in its `checkpoints`, is removed.
 
     `flock` is the kernel's: a lock never outlives its process, and on NFS it holds between machines (Linux turns it into a
     lock of the server's, unless the file system is mounted with `nolock` or `local_lock`).
@@ -32,6 +34,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder)
+        for place in (folder, folder / "checkpoints"):
+            remove_litter(place)
     try:
         yield
     finally:

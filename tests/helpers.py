@@ -60,7 +60,7 @@ def chat(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> tupl
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128, **changes}
+    shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256, **changes}
     return build_model(ModelConfig(**shape), tokenizer, seed)
 
 

@@ -40,7 +40,7 @@ from modern_llm.data.tokenizer import TextEncoder, train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-YAML_KINDS = {kind.__name__: kind for kind in (PretrainStageConfig, cli.PretrainArguments, cli.DPOArguments)}
+YAML_KINDS = {kind.__name__: kind for kind in (PipelineConfig, PretrainStageConfig, cli.PretrainArguments, cli.DPOArguments)}
 REASON = "Not run by the tests: "
 
 

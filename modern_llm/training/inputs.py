@@ -61,7 +61,7 @@ def stage_inputs(
     data, dpo = sections["data"], sections.get("dpo")
     assert isinstance(data, DatasetConfig)
     reference = dpo.reference_checkpoint if isinstance(dpo, DPOConfig) else None
-    inputs = {
+    found = {
         "stage": stage,
         "config": configs,
         "data": content_of(data, KINDS[stage]),
@@ -70,7 +70,7 @@ def stage_inputs(
         "tokenizer": None if tokenizer_name is None else template_fingerprint(load_tokenizer(tokenizer_name)),
         "code": {"modern_llm": code_version(MODULES[stage]), **libraries()},
     }
-    return record_without_secrets(inputs)  # as the manifest will have them, so that both have one key
+    return record_without_secrets(found)  # as a manifest has it
 
 
 def key_of(inputs: dict[str, Any], any_code: bool = False) -> str:

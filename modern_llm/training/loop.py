@@ -88,6 +88,7 @@ class Loop:
         self.last_evaluation: dict[str, float] = {}
         self.evaluation_is_due = False
         """Whether the run was stopped while this step's evaluation was on."""
+        self.evaluates_again = False
         self.stop = StopRequest(None, 0.0)
         self.must_stop: str | None = None
         """Why every rank stops after this step."""
@@ -148,7 +149,7 @@ class Loop:
             self.policy.train()
             self.speed.start = time.perf_counter()
             if self.evaluation_is_due:
-                self._evaluate_now()
+                self._evaluate_now(again=True)
                 self._stop_if_asked(saved=False)
             for batch in batches:
                 self._optimizer_step(batch)
@@ -176,9 +177,13 @@ class Loop:
             self._save()
         return saves
 
-    def _evaluate_now(self) -> None:
-        """Evaluate and log; where the run is asked to stop meanwhile, the evaluation is left to the run that goes on."""
-        self.evaluation_is_due = True
+    def _evaluate_now(self, again: bool = False) -> None:
+        """Evaluate and log; where the run is asked to stop meanwhile, the evaluation is left to the run that goes on.
+
+        Args:
+            again: it was left before. Only a signal ends it now: a limit of time that is shorter could do so for ever.
+        """
+        self.evaluation_is_due, self.evaluates_again = True, again
         try:
             with self.speed.paused():
                 values = self.last_evaluation = self.evaluate(self.data.evaluation)
@@ -338,7 +343,8 @@ class Loop:
             with autocast(self.precision, self.policy.device):
                 self.objective.begin_step(self.policy, batches, training=False)
         for batch in batches:
-            if self.stop.reason is not None and distributed.world_size() == 1:  # several ranks would not agree
+            why = self.stop.signal if self.evaluates_again else self.stop.reason
+            if why is not None and distributed.world_size() == 1:  # several ranks would not agree
                 raise _InterruptedError
             with autocast(self.precision, self.policy.device):
                 outcome = self.objective(self.policy, batch.to(self.policy.device))

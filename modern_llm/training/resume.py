@@ -28,8 +28,8 @@ def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None,
     Raises:
         UserError: made from other inputs.
     """
-    record = record_without_secrets(record)  # as the manifest has it
     damaged: list[str] = []
+    record = record_without_secrets(record)  # as the manifest has it
     output_dir, run_name = final.parent, final.name.removesuffix("_final")
     for folder in [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]:
         try:

@@ -2,7 +2,6 @@
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +29,7 @@ class Saver:
         record: dict[str, Any],
         config: TrainingConfig,
         log: RunLog,
+        last_saved: Path | None = None,
     ) -> None:
         """
         Args:
@@ -38,17 +38,18 @@ class Saver:
             record: what every manifest says.
             config: resolved.
             log: told of what could not be saved.
+            last_saved: the checkpoint that the run goes on from.
         """
         assert config.output_dir is not None
-        self.model, self.record, self.config, self.log = model, record, config, log
+        self.model, self.tokenizer = model, tokenizer
+        self.record, self.config, self.log = record, config, log
         self.folder = config.output_dir / "checkpoints"
-        self.last_saved: Path | None = None
+        self.last_saved = last_saved
         self.pending: Future[None] | None = None
         make_savable(model)
         assert model.generation_config is not None
         model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-        self.tokenizer_files = _files_of(tokenizer)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def __enter__(self) -> Self:
@@ -117,8 +118,7 @@ class Saver:
             else:
                 more = {"weights": folders.weights_hash(weights)}
                 self.model.save_pretrained(scratch, state_dict=weights)  # it empties the dict
-            for name, content in self.tokenizer_files.items():
-                (scratch / name).write_bytes(content)
+            self.tokenizer.save_pretrained(scratch)
             if state is not None:
                 folders.save_state(scratch, state)
             folders.write_manifest(scratch, {**manifest, **more})
@@ -152,11 +152,3 @@ class Saver:
         for folder in mine[: -self.config.keep_checkpoints]:
             with folders.storing(folder):
                 folders.remove_folder(folder)
-
-
-def _files_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, bytes]:
-    """A tokenizer's files: they stay the same, and large ones take a second to make."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return {str(path.relative_to(folder)): path.read_bytes() for path in found}

@@ -190,7 +190,7 @@ def train_stage(
             data = data if prepare is None else prepare(policy, data, precision, log)
             if found is not None:
                 _load_weights(model, found)
-            saver = Saver(model, tokenizer, {**record, "inputs": inputs, "key": key_of(inputs)}, config, log)
+            saver = Saver(model, tokenizer, {**record, "inputs": inputs, "key": key_of(inputs)}, config, log, found)
             loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint)
             if state is None:
                 preflight(policy, loop.objective, data, tokenizer, precision, config, log)

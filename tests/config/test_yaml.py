@@ -107,12 +107,19 @@ CHATS = configs(
 )
 LINT = st.fixed_dictionaries({"duplicate": st.sampled_from(["drop", "keep", "fail"])})
 PAIRS = configs(PreferenceDatasetConfig, {"dataset_name": SOURCES}, **DATA, chosen_field=WORDS, lint=LINT)
+
+
+def in_own_folder(train: TrainingConfig) -> TrainingConfig:
+    """Two stages in one folder would be refused."""
+    return train.model_copy(update={"output_dir": None})
+
+
 PIPELINES = configs(
     PipelineConfig,
     {"pretrain": st.builds(lambda m, t, d: {"model": m, "train": t, "data": d}, MODELS, TRAINING, DOCUMENTS)},
     output_dir=PATHS,
-    sft=st.none() | st.builds(lambda t, d: {"train": t, "data": d}, TRAINING, CHATS),
-    dpo=st.none() | st.builds(lambda t, o, d: {"train": t, "dpo": o, "data": d}, TRAINING, DPO, PAIRS),
+    sft=st.none() | st.builds(lambda t, d: {"train": in_own_folder(t), "data": d}, TRAINING, CHATS),
+    dpo=st.none() | st.builds(lambda t, o, d: {"train": in_own_folder(t), "dpo": o, "data": d}, TRAINING, DPO, PAIRS),
     evaluation=st.builds(lambda n: {"max_pairs": n}, COUNTS),
 )
 

@@ -35,6 +35,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig, UserError
 from modern_llm.data.prepared import Example, InMemory, Mixture, PreparedData, mixture_of
 from modern_llm.data.store import CACHE_VARIABLE, cache_folder
+from modern_llm.exit_codes import StorageError
 from modern_llm.layout import pack
 from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy, frozen
@@ -244,7 +245,7 @@ def test_a_part_that_could_not_be_written_leaves_nothing(policy: Policy, monkeyp
         raise OSError("no space left")
 
     monkeypatch.setattr(reference_module, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(StorageError, match="no space"):
         ask(policy)
     monkeypatch.setattr(reference_module, "save_file", save_file)
     assert [path for path in cache_folder().rglob("*") if path.is_file()] == []
