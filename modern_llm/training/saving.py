@@ -96,12 +96,12 @@ class Saver:
         try:
             pending.result()
         except StorageError as error:
-            message = f"{error}; {self._what_is_there()}"
             if must or self.config.on_save_error == "stop":
-                raise StorageError(f"{message}: make room there, and run the same again") from error
-            self.log.message(f"WARNING: {message}; going on without it (on_save_error: warn)")
+                raise
+            self.log.message(f"WARNING: {error}; {self.what_is_there()}; going on without it (on_save_error: warn)")
 
-    def _what_is_there(self) -> str:
+    def what_is_there(self) -> str:
+        """The newest checkpoint that is whole, in words."""
         return "no checkpoint is there yet" if self.last_saved is None else f"{self.last_saved.name} is whole"
 
     def final(self, target: Path) -> None:
@@ -112,10 +112,7 @@ class Saver:
         """
         self.finish()
         if distributed.is_main():
-            try:
-                self._write(target, self._weights(), self.config.max_steps)
-            except StorageError as error:
-                raise StorageError(f"{error}; {self._what_is_there()}: make room there, and run the same again") from error
+            self._write(target, self._weights(), self.config.max_steps)
         distributed.barrier()
 
     def _write(self, target: Path, weights: dict[str, Tensor], step: int | None, state: dict[str, Any] | None = None) -> None:

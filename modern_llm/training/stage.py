@@ -19,7 +19,7 @@ from modern_llm.config.io import plain
 from modern_llm.config.training import Stage
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
-from modern_llm.exit_codes import Stopped
+from modern_llm.exit_codes import Stopped, StorageError
 from modern_llm.lock import only_writer
 from modern_llm.metrics import RunLog
 from modern_llm.models.adapter_folders import load_adapter_weights
@@ -197,9 +197,7 @@ def train_stage(
             else:
                 loop.load(state)
             with saver, StopRequest(config.max_minutes, began) as stop:
-                _run(loop, saver, stop, log)
-                with loop.averaged_weights():
-                    saver.final(final)
+                _run(loop, saver, final, stop, log)
             log.message(f"saved {final}")
     return final
 
@@ -212,15 +210,20 @@ def _open_log(config: TrainingConfig, start: int) -> RunLog:
     return RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to, lenient)
 
 
-def _run(loop: Loop, saver: Saver, stop: StopRequest, log: RunLog) -> None:
-    """Train to the end, or to where the run is asked to stop; what was saved then is on disk when this returns."""
+def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, log: RunLog) -> None:
+    """Train to the end, or to where the run is asked to stop; what is to be saved then is on disk when this is left."""
     try:
-        loop.run(stop)
-    except Stopped as stopped:
-        saver.finish(must=True)
-        distributed.wait_for_everyone()  # a launcher ends all ranks as soon as one is gone
-        log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
-        raise
+        try:
+            loop.run(stop)
+        except Stopped as stopped:
+            saver.finish(must=True)
+            distributed.wait_for_everyone()  # a launcher ends all ranks as soon as one is gone
+            log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
+            raise
+        with loop.averaged_weights():
+            saver.final(final)
+    except StorageError as error:
+        raise StorageError(f"{error}; {saver.what_is_there()}: make room there, and run the same again") from error
 
 
 def _inputs(
