@@ -35,8 +35,12 @@ from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.data.tokenizer import TextEncoder, load_tokenizer
 from modern_llm.layout import PackedRow
 from modern_llm.limits import matmul_limit
+from modern_llm.models.policy import Policy
 from modern_llm.precision import choose_precision
 from modern_llm.report.memory import peak_resident_bytes, resident_bytes
+from modern_llm.training import stage as stage_module
+from modern_llm.training.loop import Loop
+from modern_llm.training.stopping import StopRequest
 from modern_llm.training.train_dpo import run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft
@@ -59,7 +63,7 @@ class Rehearsed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     process_bytes: int
-    """Memory of the process before it had a model."""
+    """Memory of the process before its first step, less that of its models."""
     peak_bytes: int
     """Memory at its largest: of the process, or of the GPU."""
     largest_tokens: int
@@ -150,7 +154,7 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
     precision, _ = choose_precision(train.mixed_precision, device)
     limit = matmul_limit(device, precision)
     _load_code(arguments)
-    process = resident_bytes()
+    stage_module.Loop = _WatchedLoop  # type: ignore[misc] - this process does nothing else
     began = time.time()
     if stage == "pretrain":
         final = run_training(arguments.model, train, arguments.dataset_config, arguments.tokenizer_name)
@@ -161,7 +165,7 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
             arguments.sft_checkpoint, train, arguments.dpo_config, arguments.preference_config, arguments.tokenizer_name
         )
     ended = time.time()
-    peak = peak_resident_bytes()
+    peak, process = peak_resident_bytes(), _WatchedLoop.held_before
     if device.type == "cuda":
         process, peak = 0, torch.cuda.max_memory_reserved(device)
     assert train.output_dir is not None
@@ -181,6 +185,19 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
         saving_seconds=ended - measured["time"],
         checkpoint_bytes=sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
     )
+
+
+class _WatchedLoop(Loop):
+    """Looks at the memory before the first step: what opening a run leaves behind does not grow with its batches."""
+
+    held_before = 0
+
+    def run(self, stop: StopRequest | None = None) -> None:
+        second = getattr(self.objective, "live", None)
+        models = [self.policy, *([second] if isinstance(second, Policy) else [])]
+        tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+        type(self).held_before = max(0, resident_bytes() - sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        super().run(stop)
 
 
 def _load_code(arguments: Any) -> None:
