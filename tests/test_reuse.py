@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import stopped_after_first_save, write_jsonl
 
-from modern_llm import PipelineConfig, run_pipeline
+from modern_llm import PipelineConfig, load_config, run_pipeline
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import UserError
 from modern_llm.config.io import dump_yaml
@@ -140,7 +140,6 @@ def test_a_stage_that_ends_as_before_is_followed_by_none(folder: Path) -> None:
     """`learning_rate: 2e-5` written out is the default; a save every other step cannot change a weight."""
     same = config_in(folder, sft={"train": {"learning_rate": 2e-5, "save_every": 2, "log_every": 2, "eval_every": 1}})
     assert set(actions(same).values()) == {"reuse"}
-    # another kernel of attention makes another key; on these rows it ends in weights of its own or the same: both are right
     shutil.rmtree(folder / "runs" / "sft" / "sft_final")
     shutil.rmtree(folder / "runs" / "sft" / "checkpoints")
     old = inodes(folder / "runs" / "dpo" / "dpo_final")
@@ -220,6 +219,17 @@ def test_a_metric_that_nothing_measures_misses_its_gate(folder: Path) -> None:
 def test_a_limit_that_cannot_be_read_is_refused_with_an_example(tmp_path: Path, limit: str) -> None:
     with pytest.raises(ValueError, match="is no limit: write one of"):
         config_in(tmp_path, gates={"sft": {"right_answers": limit}})
+
+
+def test_a_start_and_a_metric_that_do_not_exist_are_named_as_the_file_names_them(folder: Path) -> None:
+    (folder / "run.yaml").write_text("start_checkpoint: x/y\nsft:\n  data: {dataset_name: 'builtin:village'}\n")
+    with pytest.raises(UserError, match=r"^start_checkpoint='x/y': no such folder"):
+        plan_pipeline(load_config(PipelineConfig, folder / "run.yaml"))
+    (folder / "run.yaml").write_text(
+        "start_checkpoint: x/y\nsft:\n  data: {dataset_name: 'builtin:village'}\ngates: {sft: {right: '> 0'}}\n"
+    )
+    with pytest.raises(UserError, match=r"gates\.sft\.right: Input should be 'perplexity'"):
+        load_config(PipelineConfig, folder / "run.yaml")
 
 
 def test_a_gate_of_a_stage_that_is_not_there_is_refused(tmp_path: Path) -> None:

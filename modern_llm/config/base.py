@@ -88,5 +88,5 @@ _WRONG_KIND = {"string_type", "dict_type", "float_type", "model_type"}
 
 def _path(loc: tuple[int | str, ...]) -> list[str]:
     """A problem's path without the kinds that pydantic puts between the fields where a value may be of several."""
-    kinds = {"str", "constrained-float", "SourceConfig"}
+    kinds = {"str", "constrained-float", "SourceConfig", "[key]"}
     return [str(part) for part in loc if part not in kinds and not str(part).startswith("dict[")]

@@ -65,8 +65,8 @@ def stage_inputs(
         "stage": stage,
         "config": configs,
         "data": content_of(data, KINDS[stage]),
-        "start": None if start is None else identity(start),
-        "reference": None if reference is None else identity(reference),
+        "start": None if start is None else identity(start, "start_checkpoint"),
+        "reference": None if reference is None else identity(reference, "reference_checkpoint"),
         "tokenizer": None if tokenizer_name is None else template_fingerprint(load_tokenizer(tokenizer_name)),
         "code": {"modern_llm": code_version(MODULES[stage]), **libraries()},
     }
@@ -103,7 +103,7 @@ def content_of(data: DatasetConfig, kind: Kind) -> list[dict[str, Any]]:
     return found
 
 
-def identity(checkpoint: Path | str) -> dict[str, Any]:
+def identity(checkpoint: Path | str, field: str = "checkpoint") -> dict[str, Any]:
     """What a checkpoint is, wherever it lies: ours by its manifest, another folder by its files, the hub's by its commit.
 
     Raises:
@@ -113,14 +113,15 @@ def identity(checkpoint: Path | str) -> dict[str, Any]:
     if not folder.is_dir():
         commit = commit_of(str(checkpoint))
         if commit is None:
-            raise UserError(f"{str(checkpoint)!r}: no such folder, and not on the hub: check the spelling, or the network")
+            where = f"{field}={str(checkpoint)!r}"
+            raise UserError(f"{where}: no such folder, and not on the hub: check the spelling, or the network")
         return {"hub": str(checkpoint), "commit": commit}
     manifest = read_manifest(folder)
     if manifest is not None:
         return {"weights": manifest.get("weights"), "template": (manifest.get("contract") or {}).get("template")}
     files = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
     found: dict[str, Any] = {"files": {path.name: sha256_of_file(path) for path in files}}
-    return {**found, "base": identity(base_of(folder, "checkpoint"))} if is_adapter(folder) else found
+    return {**found, "base": identity(base_of(folder, field), field)} if is_adapter(folder) else found
 
 
 def libraries() -> dict[str, str]:
