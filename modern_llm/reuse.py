@@ -73,6 +73,8 @@ def settle(decision: Decision, train: TrainingConfig) -> Path | None:
     final = folder / f"{run_name}_final"
     if decision.action == "reuse" and decision.found == final:
         return final
+    if not folder.exists():  # nothing to put aside, and a run that is refused leaves no folder
+        return None
     with only_writer(folder):
         found = decision.found
         place = None if found is None else found.parent if decision.action == "reuse" else found.parent.parent

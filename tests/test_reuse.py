@@ -182,6 +182,19 @@ def test_a_damaged_result_is_made_again_from_its_newest_whole_checkpoint(folder:
     assert weights(folder) == before
 
 
+def test_a_run_that_is_refused_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+    (folder / "chats.jsonl").write_text("{broken\n")
+    start = folder / "runs" / "pretrain" / "pretrain_final"
+    content = {
+        "output_dir": tmp_path / "new",
+        "start_checkpoint": start,
+        "sft": {"data": {"dataset_name": str(folder / "chats.jsonl")}},
+    }
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        run_pipeline(PipelineConfig.model_validate(content))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_users_own_files_stay_where_they_are(folder: Path) -> None:
     mine = folder / "runs" / "dpo" / "notes_final" / "notes.txt"
     mine.parent.mkdir()
