@@ -1,6 +1,7 @@
 """The same measurements for the checkpoint of every stage, on data that no stage trained on."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from modern_llm.data.preference_datasets import held_out_pairs
 from modern_llm.data.prepared import Example
 from modern_llm.data.tokenizer import load_tokenizer
 from modern_llm.data.village import VILLAGE_NAME, judge
-from modern_llm.evaluation.generation import Answer, greedy_answers, kl_divergence
+from modern_llm.evaluation.generation import Answer, answer_logprobs, greedy_answers, kl_divergence
 from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_wins
 from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy, frozen
@@ -65,14 +66,16 @@ def measure(checkpoint: Path, anchor: Path | str | None, data: HeldOut, config: 
     answers: list[Answer] = []
     prompts = _prompts(data, limits.max_questions)
     if prompts and (data.questions or anchor is not None):
-        answers = greedy_answers(model, encoder, prompts, limits.max_new_tokens, limits.batch_size)
+        encoded = [encoder.prompt(prompt) for prompt in prompts]
+        answers = greedy_answers(model, encoder, encoded, limits.max_new_tokens, limits.batch_size)
     if data.questions:
         verdicts = [judge(answer.text, row) for answer, row in zip(answers, data.questions, strict=True)]
         metrics["right_answers"] = sum(verdict.right for verdict in verdicts) / len(verdicts)
         metrics["preferred_form"] = sum(verdict.courteous for verdict in verdicts) / len(verdicts)
     anchor_model = None if anchor is None else _ready(anchor)
     if anchor_model is not None and answers:
-        metrics["kl_to_sft"] = kl_divergence(model, anchor_model, answers)
+        nats, tokens = kl_divergence(partial(answer_logprobs, model), partial(answer_logprobs, anchor_model), answers)
+        metrics["kl_to_sft"] = nats / max(tokens, 1)
     policy = frozen(Policy(model))  # from here on the models attend over packed rows
     if anchor_model is not None and data.pairs:
         dpo = config.dpo.dpo if config.dpo is not None else DPOConfig()

@@ -1,6 +1,7 @@
 """The one module through which every stage calls a model: packed row in, log-prob of each scored token out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class Policy(nn.Module):
         assert model.config._attn_implementation not in IMPLEMENTATIONS.values(), "a model goes into one policy"
         super().__init__()
         self.model = model
+        self.own_attention = str(model.config._attn_implementation)
+        """The kernel that the model came with."""
         self.attention: Kernel = attention
         self.packs = True
         """Whether the model runs on packed rows; else every sequence has a padded line of its own."""
@@ -75,6 +78,21 @@ class Policy(nn.Module):
         assert head is not None, "a causal language model has an output projection"
         return ask.from_hidden(hidden[predicting], head.weight, getattr(head, "bias", None), row.targets)
 
+    @contextmanager
+    def as_loaded(self) -> Iterator[PreTrainedModel]:
+        """Inside, the model is as `transformers` loaded it, in eval mode: with its own attention, so that it can generate."""
+        was_training, present = self.training, self.model.config._attn_implementation
+        # compiled layers would be compiled anew for every kind of call that generation makes
+        stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        self.model.set_attn_implementation(self.own_attention)
+        self.eval()
+        try:
+            with stance:
+                yield self.model
+        finally:
+            self.model.set_attn_implementation(present)
+            self.train(was_training)
+
     def _packed(self, row: PackedRow) -> tuple[dict[str, Any], tuple[int, Tensor]]:
         """The model's inputs, and where in its output a target is predicted: in line 0, at a position of the row."""
         device = self.device.type
@@ -100,7 +118,7 @@ class Policy(nn.Module):
 
         Moves no random state.
         """
-        name, own_attention = type(self.model).__name__, str(self.model.config._attn_implementation)
+        name = type(self.model).__name__
         was_training = self.model.training
         self.model.eval()
         segments, row = check_segments(self.model), check_row(self.model).to(self.device)
@@ -111,7 +129,7 @@ class Policy(nn.Module):
         reasons = {True: self._difference(row, wanted, heads, IMPLEMENTATIONS[self.attention])}
         if reasons[True] and self.attention == "auto":  # who asks for a kernel gets it, or an error
             self.packs = False
-            reasons[False] = self._difference(row, wanted, heads, own_attention)
+            reasons[False] = self._difference(row, wanted, heads, self.own_attention)
         self.model.train(was_training)
         if reasons[self.packs]:
             tried = "; ".join(f"{'packed' if packs else 'padded'}: {reason}" for packs, reason in reasons.items())
@@ -181,6 +199,11 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
     table = model.get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     return table.num_embeddings
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest sequence that the model is made for; None: it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def disable_dropout(model: nn.Module) -> None:

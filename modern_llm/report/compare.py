@@ -42,6 +42,8 @@ class Comparison:
     """Mean change of the chosen answers' log-prob, nats an answer."""
     rejected: float
     """The same of the rejected ones."""
+    kl: float
+    """KL divergence from the reference on held-out prompts, nats per token of the policy's answers; mean over seeds."""
     where_longer: float | None
     """Accuracy on pairs whose chosen answer is the longer one; None without such a pair."""
     where_shorter: float | None
@@ -103,6 +105,7 @@ def compare_losses(
     reference = frozen(Policy(model, train_config.attention))
     ratios: dict[str, list[np.ndarray]] = {word: [] for word in configs}
     curves: dict[str, list[list[tuple[int, float]]]] = {word: [] for word in configs}
+    drift: dict[str, list[float]] = {word: [] for word in configs}
     for word, config in configs.items():
         for seed in seeds:
             name = f"{re.sub('[^A-Za-z0-9._-]', '-', word)}-seed{seed}"
@@ -110,9 +113,12 @@ def compare_losses(
             final = run_dpo(start, settings, config, data, tokenizer_name)
             policy = frozen(Policy(load_model(final), train_config.attention))
             ratios[word].append(log_ratios(policy, reference, pairs, config, encoder, batch_size=16))
-            curves[word].append(accuracy_curve(folder / name / "metrics.jsonl"))
+            curves[word].append(curve(folder / name / "metrics.jsonl", "eval/rewards/accuracies"))
+            drift[word] += [kl for _, kl in curve(folder / name / "metrics.jsonl", "eval/kl")]
     longer_by = np.array([_tokens(encoder, pair.chosen) - _tokens(encoder, pair.rejected) for pair in pairs])
-    results = [summarize(word, np.concatenate(found), np.tile(longer_by, len(seeds))) for word, found in ratios.items()]
+    results = [
+        summarize(word, np.concatenate(found), np.tile(longer_by, len(seeds)), drift[word]) for word, found in ratios.items()
+    ]
     baselines = length_baselines(pairs, encoder)
     content = {"start": str(start), "seeds": list(seeds), "baselines": baselines, "losses": [asdict(r) for r in results]}
     write_text(folder / "compare.json", json.dumps(record_without_secrets(content), indent=2) + "\n")
@@ -122,12 +128,13 @@ def compare_losses(
     return results
 
 
-def summarize(loss: str, ratios: np.ndarray, longer_by: np.ndarray) -> Comparison:
+def summarize(loss: str, ratios: np.ndarray, longer_by: np.ndarray, drift: Sequence[float]) -> Comparison:
     """
     Args:
         loss: its name.
         ratios: (judgements, 2) log-ratios of the chosen and of the rejected answer.
         longer_by: (judgements,) tokens by which the chosen answer is longer.
+        drift: KL divergence of each seed.
     """
     wins = np.array([win(margin) for margin in ratios[:, 0] - ratios[:, 1]])
 
@@ -137,21 +144,21 @@ def summarize(loss: str, ratios: np.ndarray, longer_by: np.ndarray) -> Compariso
     accuracy = float(wins.mean())
     return Comparison(
         loss, len(wins), accuracy, wilson_interval(accuracy, len(wins)), float(ratios[:, 0].mean()), float(ratios[:, 1].mean()),
-        share(longer_by > 0), share(longer_by < 0),
+        float(np.mean(drift)), share(longer_by > 0), share(longer_by < 0),
     )  # fmt: skip
 
 
-def accuracy_curve(metrics: Path) -> list[tuple[int, float]]:
-    """(step, held-out accuracy) of every evaluation of a run."""
+def curve(metrics: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every line of a run that has the metric."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return [(line["step"], line["eval/rewards/accuracies"]) for line in lines if "eval/rewards/accuracies" in line]
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def _tokens(encoder: ChatEncoder, text: str) -> int:
     return len(encoder.encoder.text(text))
 
 
-HEADINGS = ("loss", "held-out accuracy", "95 %", "chosen, nats", "rejected, nats", "where chosen is longer", "… shorter")
+HEADINGS = ("loss", "held-out accuracy", "95 %", "chosen, nats", "rejected, nats", "KL", "where chosen is longer", "… shorter")
 
 
 def cells(result: Comparison) -> list[str]:
@@ -159,7 +166,7 @@ def cells(result: Comparison) -> list[str]:
     low, high = result.interval
     shares = ("–" if share is None else f"{share:.1%}" for share in (result.where_longer, result.where_shorter))
     changes = (f"{nats:+.2f}" for nats in (result.chosen, result.rejected))
-    return [result.loss, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", *changes, *shares]
+    return [result.loss, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", *changes, f"{result.kl:.3f}", *shares]
 
 
 def markdown(results: Sequence[Comparison], baselines: dict[str, float]) -> str:

@@ -7,18 +7,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from modern_llm.config import UserError
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.tokenizer import template_fingerprint
-from modern_llm.models.policy import vocabulary_rows
+from modern_llm.models.policy import context_length, vocabulary_rows
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """Tokens at which generation stops: the end of a document and the end of an assistant's turn."""
     assert isinstance(tokenizer.eos_token_id, int)
     return {tokenizer.eos_token_id, ChatEncoder(tokenizer).end_token_id}
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest sequence that the model is made for; None: it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

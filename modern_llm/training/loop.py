@@ -320,6 +320,11 @@ class Loop:
         if warning := self.objective.warning(values):
             self.log.message(f"warning: {warning}")
 
+    def release(self) -> None:
+        """Free what only further steps would need: gradients and the optimizer's state."""
+        self.optimizer.zero_grad()
+        self.optimizer.forget()
+
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside, the model has the averaged weights, where there is an average."""
         return nullcontext() if self.average is None else self.average.in_place()

@@ -167,6 +167,11 @@ class Optimizer:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
+    def forget(self) -> None:
+        """Free the state; no step may follow."""
+        for part in self.parts:
+            part.state.clear()
+
     def state(self) -> dict[str, Any]:
         """{parameter name: {quantity: tensor or number}}; bitsandbytes' 8-bit states and maps are plain tensors here too."""
         names = self._names()

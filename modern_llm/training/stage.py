@@ -26,12 +26,12 @@ from modern_llm.models.adapter_folders import load_adapter_weights
 from modern_llm.models.adapters import adapter_layers, add_adapter, keep_frozen_in
 from modern_llm.models.build import grow_vocabulary, load_model, refuse_pickles, start_hash
 from modern_llm.models.compilation import compile_layers
-from modern_llm.models.policy import Policy, disable_dropout, refuse_random_training
+from modern_llm.models.policy import Policy, context_length, disable_dropout, refuse_random_training
 from modern_llm.models.recomputation import recompute_activations
 from modern_llm.models.routing import check_routed
 from modern_llm.objectives import Objective
 from modern_llm.precision import choose_precision
-from modern_llm.training.contract import check_contract, context_length, contract
+from modern_llm.training.contract import check_contract, contract
 from modern_llm.training.inputs import key_of
 from modern_llm.training.loop import Loop
 from modern_llm.training.optim import ParameterGroups
@@ -120,6 +120,8 @@ def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast) -> PreTra
 
 Prepare = Callable[[Policy, PreparedData, torch.dtype, RunLog], PreparedData]
 """What a stage does with the policy before its first step: (policy at the start, data, precision, log) → data."""
+Conclude = Callable[[Loop], dict[str, float]]
+"""What a stage measures at the end, its result on disk: (loop without optimizer state, the final weights in it) → metrics."""
 
 
 def train_stage(
@@ -135,6 +137,7 @@ def train_stage(
     parent: Path | str | None = None,
     drop_out: bool = True,
     prepare: Prepare | None = None,
+    conclude: Conclude | None = None,
     reference_weights: str | None = None,
 ) -> Path:
     """Train a model on prepared data and return the final checkpoint's folder.
@@ -154,6 +157,7 @@ def train_stage(
         parent: the starting checkpoint, for the record.
         drop_out: whether the model's dropout is on.
         prepare: what to do before the first step, also of a resumed run; None: nothing.
+        conclude: what to measure at the end; None: nothing.
         reference_weights: hash of another reference than the start, for the record.
 
     Raises:
@@ -168,11 +172,9 @@ def train_stage(
         steady_memory()
     precision, why = choose_precision(config.mixed_precision, device)
     record = {
-        **_inputs(stage, {"train": config, **sections}, model, data, tokenizer, parent),
+        **_inputs(stage, {"train": config, **sections}, model, data, tokenizer, parent, precision),
         "reference": reference_weights,
         "tokenizer_name": tokenizer_name,
-        "contract": contract(model, tokenizer),
-        "precision": str(precision).removeprefix("torch."),
     }
     assert config.output_dir is not None
     _check_model(model, data, config)
@@ -197,8 +199,7 @@ def train_stage(
             else:
                 loop.load(state)
             with saver, StopRequest(config.max_minutes, began) as stop:
-                _run(loop, saver, final, stop, log)
-            log.message(f"saved {final}")
+                _run(loop, saver, final, stop, conclude)
     return final
 
 
@@ -210,7 +211,7 @@ def _open_log(config: TrainingConfig, start: int) -> RunLog:
     return RunLog(config.output_dir, config.run_name, config.max_steps, start, config.report_to, lenient)
 
 
-def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, log: RunLog) -> None:
+def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, conclude: Conclude | None) -> None:
     """Train to the end, or to where the run is asked to stop; what is to be saved then is on disk when this is left."""
     try:
         try:
@@ -218,10 +219,14 @@ def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, log: RunLog) 
         except Stopped as stopped:
             saver.finish(must=True)
             distributed.wait_for_everyone()  # a launcher ends all ranks as soon as one is gone
-            log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
+            loop.log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
             raise
         with loop.averaged_weights():
             saver.final(final)
+            loop.log.message(f"saved {final}")
+            if conclude is not None:
+                loop.release()
+                loop.log.log(loop.step, {f"eval/{name}": value for name, value in conclude(loop).items()})
     except StorageError as error:
         raise StorageError(f"{error}; {saver.what_is_there()}: make room there, and run the same again") from error
 
@@ -233,6 +238,7 @@ def _inputs(
     data: PreparedData,
     tokenizer: PreTrainedTokenizerFast,
     parent: Path | str | None,
+    precision: torch.dtype,
 ) -> dict[str, Any]:
     """What decides a run's result, for the record."""
     start_weights = start_hash(parent, model)
@@ -243,6 +249,8 @@ def _inputs(
         "start_weights": start_weights,
         "data": data.fingerprint(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        "contract": contract(model, tokenizer),
+        "precision": str(precision).removeprefix("torch."),
     }
 
 

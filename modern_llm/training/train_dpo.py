@@ -2,9 +2,13 @@
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modern_llm import distributed
@@ -13,12 +17,16 @@ from modern_llm.config import DPOConfig, PreferenceDatasetConfig, StrictModel, T
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
+from modern_llm.evaluation.drift import kl_on_prompts
+from modern_llm.evaluation.generation import Answer, Ask, answer_logprobs
 from modern_llm.metrics import RunLog
-from modern_llm.models.adapters import adapters_off
+from modern_llm.models.adapters import adapter_layers, adapters_off
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
+from modern_llm.precision import autocast
 from modern_llm.training.inputs import stage_inputs
+from modern_llm.training.loop import Loop
 from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, open_reference, train_stage
 
 __all__ = ["DPOConfig", "PreferenceDatasetConfig", "run_dpo"]
@@ -58,12 +66,10 @@ def run_dpo(
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
         model, tokenizer, recorded_name = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config)
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
-        reference = open_reference(dpo_config, tokenizer)
+        named = open_reference(dpo_config, tokenizer)
         objective = PreferenceObjective(dpo_config)
-
-        def prepare(policy: Policy, data: PreparedData, precision: torch.dtype, log: RunLog) -> PreparedData:
-            return ask_reference(objective, policy, reference, data, precision, log)
-
+        reference = _Reference(objective, named, sft_checkpoint, tokenizer_name)
+        data = prepare_preferences(preference_config, dpo_config, ChatEncoder(tokenizer))
         return train_stage(
             stage="dpo",
             config=train_config,
@@ -72,51 +78,78 @@ def run_dpo(
             model=model,
             tokenizer=tokenizer,
             tokenizer_name=recorded_name,
-            data=prepare_preferences(preference_config, dpo_config, ChatEncoder(tokenizer)),
+            data=data,
             objective=objective,
             parent=sft_checkpoint,
             drop_out=not dpo_config.disable_dropout,
-            prepare=prepare,
-            reference_weights=None if reference is None else weights_hash(reference),
+            prepare=reference.ask,
+            conclude=partial(reference.drift, ChatEncoder(tokenizer)) if data.evaluation else None,
+            reference_weights=None if named is None else weights_hash(named),
         )
 
 
-def ask_reference(
-    objective: PreferenceObjective,
-    start: Policy,
-    other: PreTrainedModel | None,
-    data: PreparedData,
-    precision: torch.dtype,
-    log: RunLog,
-) -> PreparedData:
-    """Give the objective its reference: log-probs that come with the pairs, or a live copy where the reference moves.
+class _Reference:
+    """The model that the policy is compared with: asked for all pairs before training, and about the policy's answers after."""
 
-    Args:
-        objective: of the run.
-        start: the policy before its first step, which is the reference unless there is another.
-        other: the model of `reference_checkpoint`.
-        data: pairs.
-        precision: type of matrix products.
-        log: told what was done.
-    """
-    if not objective.config.needs_reference:
+    def __init__(
+        self, objective: PreferenceObjective, named: PreTrainedModel | None, start: Path | str, tokenizer_name: str | None
+    ) -> None:
+        """
+        Args:
+            objective: of the run; gets a live copy of the start where the reference moves.
+            named: the model of `reference_checkpoint`. None: the policy before its first step is the reference.
+            start: where that comes from.
+            tokenizer_name: as given.
+        """
+        self.objective, self.named, self.start, self.tokenizer_name = objective, named, start, tokenizer_name
+        self.other: Policy | None = None
+
+    def ask(self, policy: Policy, data: PreparedData, precision: torch.dtype, log: RunLog) -> PreparedData:
+        """The pairs with the log-probs of their answers, where the loss compares with them and the reference stays."""
+        if self.named is not None:
+            self.named.to(policy.device)  # type: ignore[arg-type]
+            self.other = frozen(Policy(self.named, policy.attention))
+        if not self.objective.config.needs_reference:
+            return data
+        if self.objective.config.sync_ref_model:
+            self.objective.live = frozen(copy.deepcopy(policy))
+            return data
+        began = time.perf_counter()
+        with adapters_off(policy.model):  # the start is what the adapters are added to
+            data, computed = with_reference(data, self.other or policy, precision)
+        if computed:
+            log.message(f"reference log-probs of {computed} pairs in {time.perf_counter() - began:.1f} s, kept for other runs")
+        else:
+            log.message("reference log-probs found on disk")
         return data
-    if objective.config.sync_ref_model:
-        objective.live = frozen(copy.deepcopy(start))
-        return data
-    if other is None:
-        reference = start
-    else:
-        other.to(start.device)  # type: ignore[arg-type]
-        reference = frozen(Policy(other, start.attention))
-    began = time.perf_counter()
-    with adapters_off(reference.model):  # the start is what the adapters are added to
-        data, computed = with_reference(data, reference, precision)
-    if computed:
-        log.message(f"reference log-probs of {computed} pairs in {time.perf_counter() - began:.1f} s, kept for other runs")
-    else:
-        log.message("reference log-probs found on disk")
-    return data
+
+    def drift(self, encoder: ChatEncoder, loop: Loop) -> dict[str, float]:
+        """How far training has moved the policy from it on held-out prompts."""
+        config, policy = loop.config, loop.policy
+        at_once = config.micro_batch_size or max(1, (config.micro_batch_tokens or 0) // self.objective.config.max_length)
+        with self._again(policy) as asked, autocast(loop.precision, policy.device):
+            return {"kl": kl_on_prompts(policy, asked, loop.data.evaluation, encoder, loop.precision, at_once)}
+
+    @contextmanager
+    def _again(self, policy: Policy) -> Iterator[Ask]:
+        """Inside, what the reference says of any answer, the policy being trained by now.
+
+        Where no second model was there during training, the start is loaded once more, or its adapters are switched off. A run
+        that trains without a reference is compared with its start too.
+        """
+        if other := self.objective.live or self.other:
+            with other.as_loaded() as model:
+                yield partial(answer_logprobs, model)
+        elif adapter_layers(policy.model):
+
+            def without_adapters(answer: Answer) -> Tensor:
+                with adapters_off(policy.model):
+                    return answer_logprobs(policy.model, answer)
+
+            yield without_adapters
+        else:
+            model, _, _ = open_checkpoint(self.start, self.tokenizer_name, "sft_checkpoint")
+            yield partial(answer_logprobs, model.to(policy.device).eval())  # type: ignore[arg-type]
 
 
 def main() -> None:

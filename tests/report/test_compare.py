@@ -40,9 +40,9 @@ def test_what_cannot_be_compared_is_refused_by_name(text: str, reason: str) -> N
 def test_a_comparison_by_hand() -> None:
     """Margins +1, −2, 0 and +3: two wins, one loss, one tie, so 2.5 of 4."""
     ratios = np.array([[0.0, -1.0], [-3.0, -1.0], [2.0, 2.0], [1.0, -2.0]])
-    found = summarize("sigmoid", ratios, longer_by=np.array([5, -1, -2, 0]))
+    found = summarize("sigmoid", ratios, longer_by=np.array([5, -1, -2, 0]), drift=[0.1, 0.2])
     assert (found.judgements, found.accuracy) == (4, 0.625)
-    assert (found.chosen, found.rejected) == (0.0, -0.5)
+    assert (found.chosen, found.rejected, found.kl) == (0.0, -0.5, pytest.approx(0.15))
     assert (found.where_longer, found.where_shorter) == (1.0, 0.25)
     assert found.interval[0] < 0.625 < found.interval[1]
 
@@ -72,6 +72,7 @@ def test_the_command_trains_every_loss_from_one_reference_and_draws_the_table(
     assert [entry["loss"] for entry in content["losses"]] == ["sigmoid", "ipo:beta=0.5"]
     assert len({entry["judgements"] for entry in content["losses"]}) == 1
     assert content["losses"][0]["judgements"] % 2 == 0, "every held-out pair, once for each seed"
+    assert all(entry["kl"] > 0 for entry in content["losses"])
     assert "| sigmoid |" in (out / "compare.md").read_text(encoding="utf-8")
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
 

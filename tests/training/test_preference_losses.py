@@ -101,6 +101,7 @@ def test_two_ranks_with_unequal_numbers_of_pairs_equal_one_rank(
     assert largest_difference(weights(two_ranks / name / "run_final"), weights(tmp_path / name / "run_final")) <= SPLIT_WEIGHT
     together, alone = metric_lines(two_ranks / name), metric_lines(tmp_path / name)
     assert len(logged(tmp_path / name, "loss")) == 5
+    assert len(logged(tmp_path / name, "eval/kl")) == int(name == "held-out pairs")
     for line, wanted in zip(together, alone, strict=True):
         assert line.pop("run") == wanted.pop("run")
         assert line == pytest.approx(wanted, abs=LOSS, rel=LOSS)

@@ -46,6 +46,7 @@ PREFERENCES: dict[str, tuple[int, dict[str, Any]]] = {
     "bco_pair with a rank that has none": (5, {"loss_type": "bco_pair", "reference_checkpoint": OTHER}),
     "sigmoid": (5, {"ld_alpha": 0.5}),
     "sync": (7, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+    "held-out pairs": (7, {"eval_fraction": 0.5}),
 }
 """Pairs and options of preference runs in steps of four: of seven pairs, the second step has two for one rank and one for the
 other; of five, one and none."""
@@ -77,13 +78,15 @@ def rows_file(folder: Path) -> Path:
 
 def prefer(start: Path, folder: Path, name: str, output: str | None = None) -> Path:
     """Five steps, with clipping; saved at step 3."""
-    count, options = PREFERENCES[name]
+    count, given = PREFERENCES[name]
+    options = {option: value for option, value in given.items() if option != "eval_fraction"}
     config = TrainingConfig(
         output_dir=folder / (output or name), run_name="run", batch_size=4, micro_batch_size=1, max_steps=5, warmup_steps=2,
         save_every=3, log_every=1, learning_rate=1e-3, max_grad_norm=0.5, adam_epsilon=1e-3, optimizer="adamw",
         mixed_precision="fp32",
     )  # fmt: skip
-    pairs = PreferenceDatasetConfig(dataset_name=str(folder / f"pairs-{count}.jsonl"))
+    held_out = given.get("eval_fraction", 0.0)
+    pairs = PreferenceDatasetConfig(dataset_name=str(folder / f"pairs-{count}.jsonl"), eval_fraction=held_out)
     if options.get("reference_checkpoint") == OTHER:
         options = {**options, "reference_checkpoint": folder / OTHER}
     return run_dpo(start, config, DPOConfig(beta=0.5, **options), pairs)

@@ -1,0 +1,111 @@
+"""The KL divergence from the reference that preference training reports, against float64 arithmetic on the saved models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import families, random_model
+from helpers import ANSWERS, QUESTIONS, WRONG, logged, save_start, sharpened, write_jsonl
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from modern_llm import AdapterConfig, DPOConfig, PreferenceDatasetConfig, TrainingConfig, run_dpo
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.preference_datasets import held_out_pairs
+from modern_llm.evaluation.drift import NEW_TOKENS
+from modern_llm.models.build import load_model
+from modern_llm.models.policy import context_length
+from modern_llm.training.contract import end_token_ids
+
+CONTEXT = 64
+"""Tokens; the longest prompts leave less room than `NEW_TOKENS`."""
+CASES: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "adapters": {"adapter": AdapterConfig(rank=4), "learning_rate": 3e-2},
+    "averaged weights": {"ema_decay": 0.5},
+    "no reference": {"loss_type": "simpo"},
+    "recomputed activations": {"gradient_checkpointing": True, "micro_batch_size": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def begin(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start_of("qwen3", tokenizer, tmp_path_factory.mktemp("start") / "start")
+
+
+def start_of(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path, factor: float = 2.0) -> Path:
+    model = sharpened(random_model(families()[family]), factor)
+    assert context_length(model) == CONTEXT
+    return save_start(model, tokenizer, folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDatasetConfig:
+    rows = [
+        {"prompt": question + "!" * (n % 5), "chosen": answer, "rejected": wrong}
+        for n, (question, answer, wrong) in enumerate(zip(QUESTIONS * 2, ANSWERS * 2, WRONG[::-1] * 2, strict=True))
+    ]
+    file = write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+    return PreferenceDatasetConfig(dataset_name=str(file), eval_fraction=0.5)
+
+
+def train(begin: Path, pairs: PreferenceDatasetConfig, folder: Path, **changes: Any) -> Path:
+    options = {name: changes.pop(name) for name in list(changes) if name in DPOConfig.model_fields}
+    given: dict[str, Any] = {
+        "batch_size": 2, "micro_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0, "log_every": 1,
+        "mixed_precision": "fp32", **changes,
+    }  # fmt: skip
+    return run_dpo(begin, TrainingConfig(output_dir=folder, **given), DPOConfig(max_length=CONTEXT, **options), pairs)
+
+
+@torch.no_grad()
+def by_hand(model: PreTrainedModel, other: PreTrainedModel, prompts: list[list[int]], ends: set[int]) -> float:
+    """One token after the other, with no cache, no batch and no autocast."""
+    total, tokens = 0.0, 0
+    model, other = model.double().eval(), other.double().eval()
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < min(CONTEXT, len(prompt) + NEW_TOKENS) and not (len(ids) > len(prompt) and ids[-1] in ends):
+            p, q = (m(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for m in (model, other))
+            total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + 1
+            ids.append(int(p.argmax()))
+    return total / tokens
+
+
+def expected(final: Path, other: Path, pairs: PreferenceDatasetConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
+    encoder = ChatEncoder(tokenizer)
+    prompts = [encoder.prompt(pair.prompt) for pair in held_out_pairs(pairs, encoder)]
+    value = by_hand(load_model(final), load_model(other), prompts, end_token_ids(tokenizer))
+    assert value > 0.01
+    return pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_divergence_is_that_of_the_saved_model_from_the_start(case: str, begin, pairs, tokenizer, tmp_path) -> None:
+    final = train(begin, pairs, tmp_path / "run", **CASES[case])
+    assert logged(tmp_path / "run", "eval/kl") == [expected(final, begin, pairs, tokenizer)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gemma2"])
+def test_learned_positions_padded_lines_and_capped_logits_are_measured_too(family: str, pairs, tokenizer, tmp_path) -> None:
+    """No answer goes on beyond the context, where GPT-2 has no position."""
+    start = start_of(family, tokenizer, tmp_path / "start")
+    final = train(start, pairs, tmp_path / "run")
+    assert logged(tmp_path / "run", "eval/kl") == [expected(final, start, pairs, tokenizer)]
+
+
+def test_the_divergence_is_from_the_named_reference(begin, pairs, tokenizer, tmp_path) -> None:
+    named = start_of("qwen3", tokenizer, tmp_path / "named", factor=2.2)
+    final = train(begin, pairs, tmp_path / "run", reference_checkpoint=str(named))
+    assert logged(tmp_path / "run", "eval/kl") == [expected(final, named, pairs, tokenizer)]
+
+
+def test_a_reference_that_has_just_become_the_policy_is_at_no_distance(begin, pairs, tmp_path) -> None:
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 1.0}
+    train(begin, pairs, tmp_path / "run", **moving)
+    assert logged(tmp_path / "run", "eval/kl") == [pytest.approx(0.0, abs=1e-9)]
+
+
+def test_without_held_out_pairs_there_is_nothing_to_measure_on(begin, pairs, tmp_path) -> None:
+    train(begin, pairs.model_copy(update={"eval_fraction": 0.0}), tmp_path / "run")
+    assert logged(tmp_path / "run", "eval/kl") == []
