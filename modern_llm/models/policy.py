@@ -81,7 +81,7 @@ class Policy(nn.Module):
     @contextmanager
     def as_loaded(self) -> Iterator[PreTrainedModel]:
         """Inside, the model is as `transformers` loaded it, in eval mode: with its own attention, so that it can generate."""
-        was_training, present = self.training, self.model.config._attn_implementation
+        was_training, present = self.training, str(self.model.config._attn_implementation)
         # compiled layers would be compiled anew for every kind of call that generation makes
         stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         self.model.set_attn_implementation(self.own_attention)

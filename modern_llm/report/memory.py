@@ -88,6 +88,23 @@ def peak_resident_bytes() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What a measured peak says of the estimate.
+
+    Shapes that foresee too much do so of every micro-batch, by a share. What they miss appears with the first steps (buffers of
+    kernels, blocks that the allocator keeps) and hardly grows with the micro-batch.
+    """
+
+    share: float = 1.0
+    """Of the activations that the shapes foresee; at most 1."""
+    other: int = 0
+    """Bytes beyond all that the shapes foresee."""
+
+
+NOT_MEASURED = Correction()
+
+
 class Estimate:
     """Memory of one stage, from the shapes of its model; nothing is run."""
 
@@ -172,30 +189,27 @@ class Estimate:
         gradient = 4 * weight if self.head_learns else 0
         return chunk * row + scratch + copy + gradient + 12 * load.predicted * self.hidden
 
-    def during_pass(self, load: Load, factor: float = 1.0) -> Bytes:
-        """At the highest point of a micro-batch's forward and backward pass.
-
-        Args:
-            load: the micro-batch.
-            factor: how many times their estimate the activations were, where they were measured.
-        """
-        held, head = dict(self.held), self.head_bytes(load)
+    def during_pass(self, load: Load, correction: Correction = NOT_MEASURED) -> Bytes:
+        """At the highest point of a micro-batch's forward and backward pass."""
+        held, head = {**self.held, "other": correction.other}, self.head_bytes(load)
         if self._peaks_with_gradients(load):
-            return {**held, "activations": round(factor * self.layer_bytes(load)), "head": 0}
+            return {**held, "activations": round(correction.share * self.layer_bytes(load)), "head": 0}
         if not load.several:
             held["gradients"] = 0  # they come while activations go
-        return {**held, "activations": round(factor * self.activation_bytes(load)), "head": head}
+        return {**held, "activations": round(correction.share * self.activation_bytes(load)), "head": head}
 
     @property
     def copy_bytes(self) -> int:
         """On the host: what a checkpoint to resume from is written from, beside the training."""
         return self.trained + self.held["optimizer"] + self.held["average"]
 
-    def factor(self, load: Load, peak: int) -> float:
-        """How many times their estimate the activations were in a run whose memory was `peak` at its largest."""
+    def correction(self, load: Load, peak: int) -> Correction:
+        """What a run says whose memory was `peak` at its largest."""
         parts = self.during_pass(load)
-        activations = parts.pop("activations")
-        return max(0.0, peak - sum(parts.values())) / activations
+        beyond = peak - sum(parts.values())
+        if beyond >= 0:
+            return Correction(other=beyond)
+        return Correction(share=max(0.0, 1 + beyond / parts["activations"]))
 
     def _peaks_with_gradients(self, load: Load) -> bool:
         """Whether the gradients that the only micro-batch of a step leaves behind are more than all it needed before."""

@@ -19,7 +19,7 @@ from modern_llm.data.tokenizer import save_tokenizer
 from modern_llm.limits import matmul_limit
 from modern_llm.models.flops import training_cost
 from modern_llm.precision import choose_precision
-from modern_llm.report.memory import Bytes, Estimate, Machine, machine_memory, resident_bytes
+from modern_llm.report.memory import NOT_MEASURED, Bytes, Correction, Estimate, Machine, machine_memory, resident_bytes
 from modern_llm.report.rehearsal import (
     RehearsalTooLargeError,
     Rehearsed,
@@ -195,19 +195,19 @@ class _Planner:
         """The whole of it."""
         if fit and self.config.micro_batch_tokens is not None:
             raise UserError(f"micro_batch_tokens={self.config.micro_batch_tokens} decides the micro-batches: leave out --fit")
-        factor, rehearsed, reason = 1.0, None, None if measure else "asked to leave it out"
+        correction, rehearsed, reason = NOT_MEASURED, None, None if measure else "asked to leave it out"
         if fit:
-            self.config = self._with_micro_batch(self._largest_that_fits(factor))
+            self.config = self._with_micro_batch(self._largest_that_fits(correction))
         for attempt in range((3 if fit else 1) if measure else 0):
             rehearsed, reason = self._rehearse(self.scratch / str(attempt))
             if rehearsed is None:
                 break
-            factor = self._factor(rehearsed)
-            better = self._largest_that_fits(factor) if fit else self.config.micro_batch_size
+            correction = self._correction(rehearsed)
+            better = self._largest_that_fits(correction) if fit else self.config.micro_batch_size
             if better == self.config.micro_batch_size:
                 break
             self.config = self._with_micro_batch(better)
-        return self._summary(factor, rehearsed, reason)
+        return self._summary(correction, rehearsed, reason)
 
     def _with_micro_batch(self, size: int | None, **changes: Any) -> TrainingConfig:
         """The same run in other micro-batches."""
@@ -219,31 +219,31 @@ class _Planner:
     def _estimate(self, config: TrainingConfig) -> Estimate:
         return Estimate(self.model, config, self.precision, self.process, self.second_model)
 
-    def _memory(self, config: TrainingConfig, factor: float) -> Bytes:
+    def _memory(self, config: TrainingConfig, correction: Correction) -> Bytes:
         """What is in memory at the highest point."""
         estimate = self._estimate(config)
         load = self.survey.largest(config.micro_batch_size, config.gradient_accumulation_steps or 1, self.stage == "dpo")
         is_copied = self._periodic_checkpoints() and distributed.device().type == "cpu"  # a GPU's is copied to the host
-        return {**estimate.during_pass(load, factor), "checkpoint": estimate.copy_bytes if is_copied else 0}
+        return {**estimate.during_pass(load, correction), "checkpoint": estimate.copy_bytes if is_copied else 0}
 
-    def _peak(self, config: TrainingConfig, factor: float) -> int:
-        return sum(self._memory(config, factor).values())
+    def _peak(self, config: TrainingConfig, correction: Correction) -> int:
+        return sum(self._memory(config, correction).values())
 
     def _periodic_checkpoints(self) -> int:
         assert self.config.max_steps is not None
         assert self.config.save_every is not None
         return (self.config.max_steps - 1) // self.config.save_every
 
-    def _largest_that_fits(self, factor: float) -> int:
+    def _largest_that_fits(self, correction: Correction) -> int:
         """The largest micro-batch that divides the process's share of the batch and fits; 1 if none does."""
         assert self.config.batch_size is not None
         share, room = self.config.batch_size // self.whole.ranks, ROOM * self.whole.machine.available
         sizes = [size for size in range(share, 0, -1) if share % size == 0]
-        return next((size for size in sizes if self._peak(self._with_micro_batch(size), factor) <= room), 1)
+        return next((size for size in sizes if self._peak(self._with_micro_batch(size), correction) <= room), 1)
 
     def _rehearse(self, folder: Path) -> tuple[Rehearsed | None, str | None]:
         """Measure some optimizer steps, or say why not."""
-        if self._peak(self.config, 1.0) > self.whole.machine.available:
+        if self._peak(self.config, NOT_MEASURED) > self.whole.machine.available:
             return None, "it does not fit, as far as its shapes tell"
         if self.stage != "pretrain" and not self.start:
             return None, "the stage that it starts from was not measured"
@@ -266,7 +266,7 @@ class _Planner:
         self.checkpoint = str(folder / "run" / f"{self.stage}_final")
         return rehearsed, None
 
-    def _factor(self, rehearsed: Rehearsed) -> float:
+    def _correction(self, rehearsed: Rehearsed) -> Correction:
         """Learn from what was measured."""
         self.process = rehearsed.process_bytes
         tokens = rehearsed.largest_tokens
@@ -274,12 +274,12 @@ class _Planner:
         seen = type(load)(
             tokens, round(tokens * self.survey.predicted_share), load.longest, rehearsed.several, self.stage == "dpo"
         )
-        return self._estimate(self.config).factor(seen, rehearsed.peak_bytes)
+        return self._estimate(self.config).correction(seen, rehearsed.peak_bytes)
 
-    def _summary(self, factor: float, rehearsed: Rehearsed | None, reason: str | None) -> StagePlan:
+    def _summary(self, correction: Correction, rehearsed: Rehearsed | None, reason: str | None) -> StagePlan:
         assert self.config.batch_size is not None
         assert self.config.max_steps is not None
-        memory = self._memory(self.config, factor)
+        memory = self._memory(self.config, correction)
         peak = sum(memory.values())
         fits = peak <= self.whole.machine.available
         load = self.survey.largest(self.config.micro_batch_size, self.config.gradient_accumulation_steps or 1, False)
@@ -297,21 +297,21 @@ class _Planner:
             largest_micro_batch_tokens=load.tokens,
             flops=self.survey.drawn * self.survey.flops,
             peak_bytes=peak,
-            peak_bytes_by_shapes=self._peak(self.config, 1.0),
+            peak_bytes_by_shapes=self._peak(self.config, NOT_MEASURED),
             memory={part: size for part, size in memory.items() if size},
             fits=fits,
-            ways_out={} if fits else self._ways_out(factor),
+            ways_out={} if fits else self._ways_out(correction),
             disk=self._disk(rehearsed),
             seconds={} if rehearsed is None else self._seconds(rehearsed),
             mfu=None if rehearsed is None else rehearsed.flops_per_second / self.limit,
             not_measured=reason,
         )
 
-    def _ways_out(self, factor: float) -> dict[str, int]:
+    def _ways_out(self, correction: Correction) -> dict[str, int]:
         """Settings that take less memory, one at a time, and what each would come to."""
         config = self.config
         found: dict[str, TrainingConfig] = {}
-        if config.micro_batch_tokens is None and (size := self._largest_that_fits(factor)) != config.micro_batch_size:
+        if config.micro_batch_tokens is None and (size := self._largest_that_fits(correction)) != config.micro_batch_size:
             found[f"micro_batch_size: {size}"] = self._with_micro_batch(size)
         if not config.gradient_checkpointing:
             found["gradient_checkpointing: true"] = config.model_copy(update={"gradient_checkpointing": True})
@@ -322,7 +322,7 @@ class _Planner:
             found["micro_batch_size: 1, gradient_checkpointing: true, optimizer: adamw_8bit"] = self._with_micro_batch(
                 1, **together
             )
-        return {setting: self._peak(changed, factor) for setting, changed in found.items()}
+        return {setting: self._peak(changed, correction) for setting, changed in found.items()}
 
     def _disk(self, rehearsed: Rehearsed | None) -> Bytes:
         """What checkpoints take: weights (of adapters, only theirs), and where a run can be resumed its training state."""
