@@ -1,7 +1,7 @@
 """Does a result hold over seeds? Runs a pipeline file once per seed and pools what was counted.
 
     python experiments/seeds/run.py configs/quickstart.yaml
-    python experiments/seeds/run.py configs/real-small.yaml --seeds 0 1 2
+    python experiments/seeds/run.py configs/real-small.yaml --seeds 0 1 2 --plot docs/images/real-small.png
 
 Seed s writes to `<output_dir>-seed<s>`; a finished run is not repeated. Prints one table per seed, then the pooled one: the
 mean and the range of each metric, and for preference accuracy the 95 % Wilson interval over all pairs of all seeds (the same
@@ -14,12 +14,17 @@ from pathlib import Path
 
 from modern_llm import PipelineConfig, load_config, run_pipeline
 from modern_llm.evaluation.heldout import wilson_interval
+from modern_llm.report.compare import curve, plot
 from modern_llm.report.table import COLUMNS, cell
+
+
+def folder_of(config: PipelineConfig, seed: int) -> Path:
+    return config.output_dir.with_name(f"{config.output_dir.name}-seed{seed}")
 
 
 def run_seed(config: PipelineConfig, seed: int) -> dict:
     """Results of one seed."""
-    folder = config.output_dir.with_name(f"{config.output_dir.name}-seed{seed}")
+    folder = folder_of(config, seed)
     result = run_pipeline(config.model_copy(update={"seed": seed, "output_dir": folder}))
     return json.loads((result.report.parent / "results.json").read_text(encoding="utf-8"))
 
@@ -40,11 +45,18 @@ def pooled(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def held_out_curves(config: PipelineConfig, seeds: list[int]) -> list[list[tuple[int, float]]]:
+    """Of each seed (step, preference accuracy on held-out pairs) of every evaluation during preference training."""
+    metrics = [folder_of(config, seed) / "dpo" / "metrics.jsonl" for seed in seeds]
+    return [curve(path, "eval/rewards/accuracies") for path in metrics]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a pipeline file")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only pool --with")
     parser.add_argument("--with", type=Path, nargs="*", default=[], dest="finished", help="results.json of runs to pool too")
+    parser.add_argument("--plot", type=Path, help="where to draw held-out accuracy over the steps of preference training")
     arguments = parser.parse_args()
     config = load_config(PipelineConfig, arguments.config)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.finished]
@@ -58,6 +70,12 @@ def main() -> None:
         share = sum(stage["preference_accuracy"] * stage["pairs"] for stage in dpo) / count
         low, high = wilson_interval(share, count)
         print(f"preference accuracy over {count} held-out judgements: {share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+        curves = held_out_curves(config, arguments.seeds)
+        for seed, points in zip(arguments.seeds, curves, strict=True):
+            print(f"seed {seed}, accuracy by step: " + ", ".join(f"{step}: {value:.1%}" for step, value in points))
+        if arguments.plot:
+            name = f"{config.output_dir.name}, {len(curves)} seeds"
+            plot(arguments.plot, {name: curves}, results[0]["baselines"]["shorter_wins"])
         print("baselines on the same pairs: " + ", ".join(f"{n} {v:.1%}" for n, v in results[0]["baselines"].items()))
 
 
