@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -11,14 +12,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+_is_alone = False
+
+
 def rank() -> int:
     """This process's number, 0 to `world_size() - 1`."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _is_alone else 0
 
 
 def world_size() -> int:
     """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _is_alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: nothing waits for the others, who do something else or wait."""
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False
 
 
 def is_main() -> bool:
@@ -34,25 +49,47 @@ def device() -> torch.device:
 
 
 PATIENCE = timedelta(days=7)
-"""How long ranks wait for the main one to prepare data."""
-_patient_group: Any = None
+"""How long ranks wait for the main one to prepare data, to measure a checkpoint or to write it."""
+
+
+@dataclass
+class _HostGroups:
+    """Groups beside the one of the gradients, on the host: NCCL gives up after ten minutes, and its calls must come in one
+    order on every rank, which calls from a second thread do not."""
+
+    of: Any = None
+    """The default group that they belong to."""
+    waiting: Any = None
+    """For the main thread."""
+    loading: Any = None
+    """For the thread that prepares batches."""
+
+
+_host = _HostGroups()
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the group that the launcher's `WORLD_SIZE` describes, unless already joined; leave it at the end if joined here."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        _join_host_groups()
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    _join_host_groups()
     try:
         yield
     finally:
-        global _patient_group
-        _patient_group = None
         dist.destroy_process_group()
+
+
+def _join_host_groups() -> None:
+    """Every rank makes them at once, in the main thread."""
+    if world_size() > 1 and _host.of is not dist.group.WORLD:
+        _host.waiting, _host.loading = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+        _host.of = dist.group.WORLD
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -81,11 +118,11 @@ def gather_rows(mine: Tensor) -> tuple[Tensor, int]:
 
 
 def minimum(value: int) -> int:
-    """The smallest of a number over all ranks."""
+    """The smallest of a number over all ranks; for the thread that prepares batches alone."""
     if world_size() == 1:
         return value
-    found = torch.tensor(value, device=device())
-    dist.all_reduce(found, dist.ReduceOp.MIN)
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=_host.loading)
     return int(found)
 
 
@@ -108,15 +145,18 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def wait_for_everyone() -> None:
-    """Wait until every rank is here, however long its work takes: a barrier would give up after ten minutes (NCCL)."""
+    """Wait until every rank is here, however long its work takes."""
     if world_size() > 1:
-        global _patient_group
-        if _patient_group is None:
-            _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        dist.monitored_barrier(_patient_group, timeout=PATIENCE)
+        dist.monitored_barrier(_host.waiting, timeout=PATIENCE)
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()
+def everyone_hears(message: str) -> str:
+    """What the main rank says, on every rank, however long they wait for it."""
+    if world_size() == 1:
+        return message
+    text = torch.frombuffer(bytearray(message.encode() or b" "), dtype=torch.uint8)  # a buffer is never empty
+    size = torch.tensor(len(text))
+    dist.broadcast(size, src=0, group=_host.waiting)
+    heard = text if is_main() else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(heard, src=0, group=_host.waiting)
+    return heard.numpy().tobytes().decode().strip()

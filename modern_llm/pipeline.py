@@ -69,8 +69,13 @@ def run_pipeline(pipeline_config: PipelineConfig) -> PipelineResult:
         start: Path | str | None = pipeline_config.start_checkpoint
         for stage in pipeline_config.stages():
             before, start = start, _run_stage(progress, stage, start)
+            missed: list[str] = []
             if distributed.is_main():
-                _measure(progress, stage, before)
+                with distributed.alone():
+                    missed = _measure(progress, stage, before)
+            if found := distributed.everyone_hears("\n".join(missed)):
+                _report(progress)
+                raise GateError(found)
         report = _report(progress)
         return PipelineResult(progress.checkpoints, progress.metrics, report)
 
@@ -151,16 +156,13 @@ def _train(config: PipelineConfig, stage: Stage, train: TrainingConfig, start: P
     return run_dpo(start, train, config.dpo.dpo, config.dpo.data)
 
 
-def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> None:
-    """Measure a stage's checkpoint, or find what was measured before, and hold it against the gates.
+def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> list[str]:
+    """Measure a stage's checkpoint, or find what was measured before; returns a sentence for each gate that it misses.
 
     Args:
         progress: of the pipeline.
         stage: which stage.
         start: what it started from.
-
-    Raises:
-        GateError: with every metric that is outside its limit.
     """
     config, checkpoint = progress.config, progress.checkpoints[stage]
     # preference training is measured against its start; what came before it, against itself
@@ -175,9 +177,7 @@ def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> Non
         known = {"of": measured, "metrics": metrics, "baselines": progress.data.baselines}
         write_text(file, json.dumps(known, indent=2) + "\n")
     progress.metrics[stage], progress.baselines = known["metrics"], known["baselines"]
-    if missed := config.missed(stage, known["metrics"]):
-        _report(progress)
-        raise GateError("\n".join(missed))
+    return config.missed(stage, known["metrics"])
 
 
 def _measured_of(config: PipelineConfig, checkpoint: Path, anchor: Path | str | None) -> dict[str, Any]:
@@ -224,5 +224,5 @@ def _report(progress: _Progress) -> Path:
         for stage, folder in progress.checkpoints.items():
             print(f"{stage:>9}  {folder}")
         print(f"{'table':>9}  {path}")
-    distributed.barrier()
+    distributed.wait_for_everyone()
     return path

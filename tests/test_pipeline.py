@@ -1,6 +1,9 @@
 """The whole pipeline, tiny, through its real stages and its report."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,20 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: P
         assert manifest is not None
         weights.append(manifest["weights"])
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_gate_that_is_missed_ends_every_rank_of_torchrun(tmp_path: Path) -> None:
+    """Only the main rank measures; the others would wait for it in the next stage."""
+    file = pipeline_file(tmp_path)
+    with file.open("a", encoding="utf-8") as config:
+        config.write('gates: {pretrain: {perplexity: "> 1"}, sft: {preference_accuracy: ">= 0.9"}}\n')
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launcher, "-m", "modern_llm", "run", str(file)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("gates.sft.preference_accuracy: 0.5, and >= 0.9 is wanted") == 2, done.stderr[-3000:]
+    assert (tmp_path / "runs" / "sft" / "sft_final" / "modern_llm.json").is_file()
+    assert "| sft |" in (tmp_path / "runs" / "results.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "runs" / "dpo").exists()

@@ -113,7 +113,7 @@ class Saver:
         self.finish()
         if distributed.is_main():
             self._write(target, self._weights(), self.config.max_steps)
-        distributed.barrier()
+        distributed.wait_for_everyone()
 
     def _write(self, target: Path, weights: dict[str, Tensor], step: int | None, state: dict[str, Any] | None = None) -> None:
         manifest = {**self.record, "step": step, "run": self.config.run_name}
