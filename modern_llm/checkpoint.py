@@ -168,10 +168,16 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     seal(folder, {"format": 2, **record_without_secrets(content), "versions": versions(), "files": files})
 
 
+def periodic_checkpoints(folder: Path) -> list[Path]:
+    """What is called `checkpoints/step-…` in a run's folder, newest first."""
+    # six digits or more: names of one length go by their letters, and the longer one is the later step
+    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+
+
 def seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest with its own hash."""
     text = json.dumps({**manifest, OWN_HASH: _hash_of(manifest)}, indent=2)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, text + "\n")
 
 
 def _hash_of(manifest: dict[str, Any]) -> str:

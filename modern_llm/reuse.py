@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modern_llm.checkpoint import DamagedError, atomic_folder, read_manifest, seal, storing, verify
+from modern_llm.checkpoint import DamagedError, atomic_folder, periodic_checkpoints, read_manifest, seal, storing, verify
 from modern_llm.config import TrainingConfig
 from modern_llm.config.training import Stage
 from modern_llm.lock import only_writer
@@ -48,7 +48,7 @@ def decide(stage: Stage, train: TrainingConfig, inputs: dict[str, Any], any_code
     key, notes = key_of(inputs, any_code), []
     for place in (folder, *sorted((folder / SUPERSEDED).glob("*"))):
         own_first = sorted(_finals(place), key=lambda path: path.name != f"{run_name}_final")
-        for checkpoint in [*own_first, *_periodic(place)]:
+        for checkpoint in [*own_first, *periodic_checkpoints(place)]:
             try:
                 manifest = read_manifest(checkpoint) or {}
                 if "inputs" not in manifest or key_of(manifest["inputs"], any_code) != key:
@@ -84,6 +84,9 @@ def settle(decision: Decision, train: TrainingConfig) -> Path | None:
                 _move(place, folder)
                 place.rmdir()
                 found = folder / found.relative_to(place)
+        if decision.action == "resume":
+            assert found is not None, "there is a checkpoint to go on from"
+            _rename_begun(folder, found, run_name)
         if decision.action != "reuse" or found is None:
             return None
         if found != final:
@@ -101,13 +104,9 @@ def _finals(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*_final") if path.is_dir()]
 
 
-def _periodic(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*"), reverse=True)
-
-
 def _what_changed(folder: Path, run_name: str, inputs: dict[str, Any], any_code: bool) -> str:
     """Why nothing in the folder can be reused."""
-    for checkpoint in [folder / f"{run_name}_final", *_periodic(folder), *_finals(folder)]:
+    for checkpoint in [folder / f"{run_name}_final", *periodic_checkpoints(folder), *_finals(folder)]:
         try:
             manifest = read_manifest(checkpoint)
         except DamagedError:
@@ -125,7 +124,7 @@ def _what_changed(folder: Path, run_name: str, inputs: dict[str, Any], any_code:
 def _put_aside(folder: Path) -> None:
     """Move a run and its checkpoints into `superseded/<key>`."""
     keys = []
-    for checkpoint in [*_finals(folder), *_periodic(folder)]:
+    for checkpoint in [*_finals(folder), *periodic_checkpoints(folder)]:
         try:
             keys.append((read_manifest(checkpoint) or {}).get("key"))
         except DamagedError:
@@ -157,6 +156,18 @@ def _ours(folder: Path) -> list[Path]:
             pass  # ours, and to be made again
         found.append(path)
     return found
+
+
+def _rename_begun(folder: Path, found: Path, run_name: str) -> None:
+    """Put periodic checkpoints of the run that is gone on with under its new name."""
+    old = (read_manifest(found) or {}).get("run")
+    for checkpoint in reversed(periodic_checkpoints(folder)):  # the newest last: if this is cut short, it is done again
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedError:
+            continue
+        if old != run_name and manifest is not None and manifest["run"] == old:
+            seal(checkpoint, {**manifest, "run": run_name})
 
 
 def _copy_under(found: Path, final: Path, run_name: str) -> None:

@@ -14,6 +14,7 @@ from modern_llm.checkpoint import (
     MANIFEST,
     atomic_folder,
     load_state,
+    periodic_checkpoints,
     read_manifest,
     save_state,
     verify,
@@ -277,3 +278,9 @@ def test_a_type_a_shape_or_a_name_changes_the_hash() -> None:
         )
     ]
     assert len(set(hashes)) == len(hashes)
+
+
+def test_a_million_steps_are_later_than_those_with_six_digits(tmp_path) -> None:
+    for step in (999_500, 1_000_000, 500):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert [path.name for path in periodic_checkpoints(tmp_path)] == ["step-1000000", "step-999500", "step-000500"]

@@ -159,6 +159,17 @@ def test_what_was_half_done_goes_on_when_its_config_comes_back(folder: Path, cap
     assert "dpo: resuming from" in capsys.readouterr().out
 
 
+def test_what_was_half_done_goes_on_under_another_name(folder: Path, capsys) -> None:
+    changed = {"dpo": {"beta": 0.3}}
+    with stopped_after_first_save():
+        run_pipeline(config_in(folder, dpo=changed))
+    renamed = config_in(folder, dpo={**changed, "train": {"run_name": "careful"}})
+    assert actions(renamed)["dpo"] == "resume"
+    capsys.readouterr()
+    assert run_pipeline(renamed).checkpoints["dpo"].name == "careful_final"
+    assert "careful: resuming from" in capsys.readouterr().out
+
+
 def test_other_code_runs_again_unless_that_is_to_be_ignored(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(inputs, "code_version", lambda module: "0" * 64)
     plan = plan_pipeline(config_in(folder))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modern_llm.checkpoint import MANIFEST, DamagedError, read_manifest, verify
+from modern_llm.checkpoint import MANIFEST, DamagedError, periodic_checkpoints, read_manifest, verify
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
 from modern_llm.config.training import NO_EFFECT
@@ -31,7 +31,7 @@ def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None,
     record = record_without_secrets(record)  # as the manifest has it
     damaged: list[str] = []
     output_dir, run_name = final.parent, final.name.removesuffix("_final")
-    for folder in [final, *sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)]:
+    for folder in [final, *periodic_checkpoints(output_dir)]:
         try:
             manifest = read_manifest(folder)
         except DamagedError as error:

@@ -148,13 +148,13 @@ class Saver:
         if self.config.keep_checkpoints is None:
             return
         mine = []
-        for folder in sorted(self.folder.glob("step-*")):
+        for folder in folders.periodic_checkpoints(self.folder.parent):
             try:
                 manifest = folders.read_manifest(folder) or {}
             except folders.DamagedError:
                 continue
             if manifest.get("run") == self.config.run_name and manifest.get("step", step + 1) <= step:
                 mine.append(folder)
-        for folder in mine[: -self.config.keep_checkpoints]:
+        for folder in mine[self.config.keep_checkpoints :]:
             with folders.storing(folder):
                 folders.remove_folder(folder)
