@@ -54,9 +54,9 @@ def greedy_answers(
 
 def _generate(model: PreTrainedModel, encoder: ChatEncoder, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """Ids of the answers to a batch of prompts."""
-    assert model.generation_config is not None
-    ends = model.generation_config.eos_token_id
-    end_ids = set(ends if isinstance(ends, list) else [ends])
+    own = model.generation_config
+    assert own is not None
+    end_ids = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
     padding, longest = encoder.encoder.document_end, max(map(len, prompts))
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(end_ids), pad_token_id=padding
@@ -64,9 +64,14 @@ def _generate(model: PreTrainedModel, encoder: ChatEncoder, prompts: list[list[i
     # padding stands on the left, so that every prompt ends where its answer begins
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = model.generate(  # type: ignore[operator] - nn.Module's __getattr__ hides the method from the type checker
-        ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-    )
+    # transformers 5.23 fills what these settings leave open from the model's own, such as a penalty for repetitions
+    model.generation_config = settings
+    try:
+        out = model.generate(  # type: ignore[operator] - nn.Module's __getattr__ hides the method from the type checker
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
+    finally:
+        model.generation_config = own
     return [_up_to_end(generated, end_ids) for generated in out[:, longest:].tolist()]
 
 

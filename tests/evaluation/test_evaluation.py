@@ -44,6 +44,18 @@ def test_greedy_answers_of_a_batch_equal_those_of_each_prompt_alone(tokenizer: P
             ids.append(token)
 
 
+def test_answers_are_greedy_whatever_the_model_is_used_to(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Many models come with a penalty for repetitions in their generation config."""
+    model = sharpened(tiny_model(tokenizer)).eval()
+    encoder = ChatEncoder(tokenizer)
+    prompts = [encoder.prompt(p) for p in PROMPTS]
+    wanted = greedy_answers(model, encoder, prompts, max_new_tokens=8, batch_size=3)
+    assert model.generation_config is not None
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
+    assert greedy_answers(model, encoder, prompts, max_new_tokens=8, batch_size=3) == wanted
+    assert model.generation_config.repetition_penalty == 5.0
+
+
 def test_kl_divergence_is_zero_to_itself_and_matches_float64_arithmetic(tokenizer: PreTrainedTokenizerFast) -> None:
     model, other = (sharpened(tiny_model(tokenizer, seed=seed)).eval() for seed in (0, 1))
     encoder = ChatEncoder(tokenizer)
