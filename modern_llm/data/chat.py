@@ -124,19 +124,28 @@ class ChatEncoder:
 
     @functools.cached_property
     def end_token_id(self) -> int:
-        """The token that ends an assistant's turn."""
-        return self._plan_of_roles(("user", "assistant"))[-1].ids[-1]  # type: ignore[union-attr]
+        """The token that ends an assistant's turn.
+
+        Raises:
+            UserError: the template writes no chat of one question and one answer.
+        """
+        try:
+            plan = self._plan_of_roles(("user", "assistant"))
+        except RowError as error:
+            raise UserError(f"the tokenizer's chat template refuses a question with an answer: {error}") from None
+        return plan[-1].ids[-1]  # type: ignore[union-attr]
 
     def _plan_roles(self, roles: tuple[str, ...]) -> Plan:
         return self._plan(Chat([{"role": role, "content": "x"} for role in roles]))
 
     def _plan_with_tools(self, chat: Chat) -> Plan:
-        """Calls and tool descriptions are written by the template, as JSON, and encoded with it: none may look like control."""
-        written = json.dumps([chat.tools, [m.get("tool_calls") for m in chat.messages]], ensure_ascii=False)
+        """Names, calls and tool descriptions are written by the template and encoded with it: none may look like control."""
+        said = [(message.get("name"), message.get("tool_calls")) for message in chat.messages]
+        written = json.dumps([chat.tools, said], ensure_ascii=False)
         for text in self.encoder.control_texts:
             if text in written:
                 raise RowError(
-                    f"a tool call or description holds {text!r}, which the chat template would take for a control token"
+                    f"a tool's name, call or description holds {text!r}, which the chat template would take for a control token"
                 )
         return self._plan(chat)
 

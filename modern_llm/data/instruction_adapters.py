@@ -62,7 +62,8 @@ def read_chat(row: Row, config: InstructionDatasetConfig) -> Chat | str:
     """
     if config.prompt_field is not None and config.response_field is not None:
         material = ("input",) if config.prompt_field == "instruction" else ()
-        return _chat([*_asked(row, config.prompt_field, material), *_answered(row, config.response_field)])
+        messages = [*_asked(row, config.prompt_field, material), *_answered(row, config.response_field)]
+        return _chat(with_system(row, messages), read_tools(row))
     if config.adapter is not None:
         return INSTRUCTION_ADAPTERS[config.adapter].adapt(row)
     for adapter in INSTRUCTION_ADAPTERS.values():

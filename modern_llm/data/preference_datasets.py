@@ -143,7 +143,7 @@ def _build(
                 count(report, f"dropped_because_{cut}")
                 continue
             (prompt, chosen, rejected), flags = cut
-            if chosen == rejected:
+            if chosen == rejected and sides[1] != sides[2]:
                 count(report, "dropped_because_answers_identical_up_to_the_cut")
                 continue
             segments = [_arrays(prompt, answer) for answer in (chosen, rejected)]

@@ -74,7 +74,7 @@ class DocumentStream:
         Raises:
             UserError: a whole pass over the source gave no block.
         """
-        given, skipped = 0, 0
+        given, skipped, whole = 0, 0, start == 0
         for number, texts, ends_pass in self._texts(start):
             order = np.random.default_rng([self.seed, 2, number]).permutation(len(texts))[rank::world_size]
             blocks = _Documents(self.encoder, (texts[i] for i in order)).blocks(self.max_length)
@@ -85,8 +85,10 @@ class DocumentStream:
             if self.bad.count > skipped:
                 skipped = self.bad.count
                 print(f"{self.name}: {skipped} bad rows skipped so far", flush=True)
-            if ends_pass and not given:
+            if ends_pass and whole and not given:
                 raise UserError(f"dataset_name={self.name!r}: a whole pass over it gave nothing to train on every rank")
+            if ends_pass:
+                whole = True
 
     def _texts(self, start: int) -> Iterator[tuple[int, list[str], bool]]:
         """The documents to train on of each window from number `start` on, and whether it is the last of a pass.

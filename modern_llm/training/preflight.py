@@ -60,7 +60,9 @@ def preflight(
     value = float(loss.detach())
     if not math.isfinite(value) or not math.isfinite(norm):
         raise UserError(f"the loss of the first examples is {value} with a gradient of {norm}: the start's weights are damaged")
-    if norm == 0 and batch.counts["tokens"]:
+    if norm == 0 and value == 0:  # a hinge that is past its margin; other examples may not be
+        log.message("WARNING: loss and gradient of the first examples are 0: there is nothing left to learn from them")
+    elif norm == 0 and batch.counts["tokens"]:
         raise UserError("the gradient of the first examples is 0: no parameter learns anything from this loss")
     log.message(f"first look: loss {value:.6f}, gradient {norm:.4g}, {batch.counts['tokens']} tokens count")
 

@@ -248,6 +248,8 @@ def _inputs(
         "parent": None if parent is None else {"checkpoint": str(parent), "weights": start_weights},
         "start_weights": start_weights,
         "data": data.fingerprint(),
+        # a stream's documents are dealt out to the ranks, so a position in it means something else with another number of them
+        "ranks": distributed.world_size() if data.train.epoch_size is None else None,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "contract": contract(model, tokenizer),
         "precision": str(precision).removeprefix("torch."),

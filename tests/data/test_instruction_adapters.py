@@ -160,6 +160,11 @@ def test_answers_before_the_first_question_are_left_out() -> None:
     assert turns({"messages": [says("assistant", "Hello!"), *ASKED_MESSAGES]}) == ASKED
 
 
+def test_named_columns_keep_the_system_column_and_the_tools_as_known_ones_do() -> None:
+    row = {"system": "Be brief.", "q": "Who bakes?", "a": "Anna.", "question": "Who bakes?", "response": "Anna."}
+    assert turns(row, prompt_field="q", response_field="a") == WITH_SYSTEM
+
+
 def test_the_system_message_stays_where_answers_before_the_first_question_go() -> None:
     assert turns({"messages": [says("system", "Be brief."), says("assistant", "Hello!"), *ASKED_MESSAGES]}) == WITH_SYSTEM
 

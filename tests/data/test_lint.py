@@ -31,7 +31,7 @@ def test_a_finding_is_dropped_and_counted(tmp_path, encoder, finding) -> None:
     assert [pair.row for pair in data.train] == list(range(len(ROWS[finding])))  # of two equal rows the first stays
 
 
-@pytest.mark.parametrize("finding", [name for name in ROWS if name != "identical_answers"])
+@pytest.mark.parametrize("finding", ROWS)
 def test_a_finding_is_kept_and_counted(tmp_path, encoder, finding) -> None:
     data = prepare(tmp_path, encoder, finding, "keep")
     assert data.report[f"found_{finding}"] == 1

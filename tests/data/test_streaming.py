@@ -1,11 +1,13 @@
 """Streamed documents: every one once a pass, within a window, on one rank; resumed without a repeat or a gap."""
 
 import itertools
+import json
 from collections import Counter
 
 import pytest
-from helpers import write_jsonl
+from helpers import stopped_after_first_save, write_jsonl
 
+from modern_llm.checkpoint import seal
 from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, TrainingConfig, UserError
 from modern_llm.data.lm_datasets import training_texts
 from modern_llm.data.loader import Position, steps
@@ -165,3 +167,30 @@ def test_a_bad_row_of_a_stream_is_named_or_skipped(tmp_path, encoder, capsys) ->
     assert next(found).after == Position(1, 0)
     assert next(found).after == Position(2, 0)
     assert "1 bad rows skipped so far" in capsys.readouterr().out
+
+
+def test_a_stream_goes_on_from_the_last_window_of_a_pass_that_gives_nothing(tmp_path, encoder) -> None:
+    rows = [{"text": text} for text in DOCUMENTS[:8]] + [{"text": ""}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = LanguageModelingDatasetConfig(dataset_name=str(path), streaming=True, shuffle_window=8)
+    data = prepare_stream(config, encoder.encoder, 16, 0)
+    whole = list(itertools.islice(steps(data.train, 3, 2, 0), 20))
+    at_the_last_window = Position(epoch=1, index=0)
+    assert next(steps(data.train, 3, 2, 0, at_the_last_window)).after.epoch == 2
+    assert whole[-1].after.epoch > 2
+
+
+def test_a_stream_does_not_go_on_with_another_number_of_ranks(config, tmp_path, tokenizer, monkeypatch) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shape = ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=16)
+    settings = TrainingConfig(
+        output_dir=tmp_path / "run", tokenizer_name=str(tmp_path / "tokenizer"), batch_size=4, micro_batch_tokens=64,
+        max_steps=2, save_every=1,
+    )  # fmt: skip
+    with stopped_after_first_save():
+        run_training(shape, settings, config)
+    manifest = tmp_path / "run" / "checkpoints" / "step-000001"
+    content = json.loads((manifest / "modern_llm.json").read_text(encoding="utf-8"))
+    seal(manifest, {**{k: v for k, v in content.items() if k != "manifest_sha256"}, "ranks": 2})
+    with pytest.raises(UserError, match=r"ranks: 2 there, 1 now"):
+        run_training(shape, settings, config)

@@ -342,3 +342,14 @@ def test_a_stream_is_not_used_up_by_a_look(start: Path, tmp_path: Path, capsys: 
     shape = ModelConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=32)
     assert run_training(shape, settings(tmp_path), data, str(start)).is_dir()
     assert said(capsys, "first look: ") == []
+
+
+def test_a_hinge_that_is_past_its_margin_is_told_and_not_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a reference a short answer is likelier than a long one from the start; other pairs would teach."""
+    rows = [{"prompt": f"q{i}", "chosen": "Yes.", "rejected": "No, it does not, as the ferry is late. " * 2} for i in range(4)]
+    start = save_start(tiny_model(tokenizer), tokenizer, tmp_path / "start")
+    data = PreferenceDatasetConfig(dataset_name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    run_dpo(start, settings(tmp_path), DPOConfig(loss_type="hinge", reference_free=True), data)
+    assert "loss and gradient of the first examples are 0" in capsys.readouterr().out
