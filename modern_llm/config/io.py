@@ -215,8 +215,8 @@ def plain(config: BaseModel) -> dict[str, Any]:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The config as YAML that `load_config` reads back to an equal one; fields left at their default are left out."""
-    content = config.model_dump(mode="json", exclude_defaults=True)
+    """The config as YAML that `load_config` reads back to an equal one; fields that were not set are left out."""
+    content = config.model_dump(mode="json", exclude_unset=True)
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -144,8 +144,17 @@ def test_a_path_to_a_reference_reads_back_equal(file) -> None:
     assert load_config(DPOConfig, file) == config
 
 
-def test_defaults_are_left_out_of_the_dump() -> None:
-    assert dump_yaml(TrainingConfig(seed=0, max_steps=5)) == "max_steps: 5\n"
+def test_what_was_not_set_is_left_out_of_the_dump() -> None:
+    assert dump_yaml(TrainingConfig(max_steps=5)) == "max_steps: 5\n"
+
+
+def test_a_setting_that_equals_its_default_stays_one(file) -> None:
+    """A stage without a seed of its own takes the pipeline's, and this one has its own."""
+    config = PipelineConfig.model_validate(
+        {"seed": 5, "start_checkpoint": "a", "sft": {"train": {"seed": 0}, "data": {"dataset_name": "b.jsonl"}}}
+    )
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(PipelineConfig, file).training("sft").seed == config.training("sft").seed == 0
 
 
 # Reading
