@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config import UserError
-from modern_llm.layout import PackedRow, Segment, pack
+from modern_llm.layout import PackedRow, Segment, pack, sent
 from modern_llm.losses.summed_nll import SumOfTokens
 from modern_llm.losses.token_logprobs import EachToken
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
@@ -108,7 +108,7 @@ class Policy(nn.Module):
             for a, n, p, s in zip(start, own, prompt, shared, strict=True)
         ]
         ids = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
-        lengths = torch.tensor([len(line) for line in lines], device=ids.device)
+        lengths = sent(torch.tensor([len(line) for line in lines]), ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask}, (row.target_segments, row.positions[0, row.predicting])
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modern_llm.config import UserError
 from modern_llm.data.loader import MicroBatch
+from modern_llm.layout import sent
 from modern_llm.models.policy import Policy
 from modern_llm.models.routing import RouterRecorder, Routing
 from modern_llm.objectives.base import Objective, Outcome, Term
@@ -79,7 +80,7 @@ class Balanced(Objective):
             outcome = self.objective(policy, batch)
         said = [layer for layer in layers if layer is not None]
         assert len(said) == len(layers), "every router ran"
-        tokens = torch.tensor(batch.example_tokens, device=batch.row.ids.device)
+        tokens = sent(torch.tensor(batch.example_tokens), batch.row.ids.device)
         loss, largest = expert_balance(said, tokens)
         metrics = {"balance_loss": loss.detach().sum(), "largest_expert_share": largest.sum()}
         term = Term(loss.sum() - loss.detach().sum(), "examples", self.weight)

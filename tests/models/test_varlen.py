@@ -202,6 +202,16 @@ def test_on_cuda_bf16_gets_lengths_where_the_kernel_may_be_chosen() -> None:
 
 
 @on_cuda
+def test_laying_a_row_on_cuda_does_not_wait_for_the_device() -> None:
+    row = laid(ROWS["pairs and documents"]).to(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lay_lengths(row)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_cuda
 @pytest.mark.parametrize("heads", [(4, 4, 64, 64), (8, 2, 64, 64), (6, 1, 128, 128)])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
