@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from modern_llm.layout import PackedRow
 from modern_llm.models.grid_kernel import grid_attention
 from modern_llm.models.grids import Grids, lay_grids
-from modern_llm.models.varlen import Lengths, lay_lengths, varlen_attention
+from modern_llm.models.varlen import Lengths, lay_lengths, varlen_attention, varlen_takes
 
 Kernel = Literal["auto", "sdpa", "eager"]
 
@@ -86,8 +86,7 @@ def packed_attention(
     kind = value.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, H or K, D)
-    one_width = value.shape[2] == key.shape[2]  # the kernel for lengths knows but one
-    if isinstance(packed, Lengths) and not beyond_fused and dropout == 0 and one_width:
+    if isinstance(packed, Lengths) and not beyond_fused and dropout == 0 and varlen_takes(key, value):
         return varlen_attention(query, key, value, packed, scaling, window)[None], None
     if isinstance(packed, Lengths):
         packed = packed.grids

@@ -1,5 +1,6 @@
 """Layouts for the kernel of sequences of different lengths, and what is passed to it; on a GPU, the kernel itself."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from helpers import relative_error, sharpened, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import Spec, laid
+from test_attention import asked
 from tolerances import BF16_ATTENTION, GRADIENT, TOKEN_LOGPROB
 from torch import Tensor
 from torch.nn.attention import varlen as torchs_module
@@ -182,6 +184,26 @@ def test_what_is_passed_is_what_this_torchs_kernel_takes(
     assert_equal([out.detach()], [dense(given, visible(packed, window)).detach()])
 
 
+@pytest.mark.parametrize(("size", "takes"), [(4, False), (8, True), (12, False), (256, True), (264, False)])
+def test_head_sizes_that_the_kernel_does_not_know_go_through_grids(
+    size: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = stand_in()
+
+    @functools.wraps(plain)
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torchs_module, "varlen_attn", counted)
+    packed = laid(ROWS["pairs and documents"])
+    given = inputs(packed.num_tokens, (4, 2, size, size))
+    got = asked("auto", given, lay_lengths(packed))
+    assert len(calls) == takes
+    assert_equal(with_gradients(got, given), with_gradients(dense(given, visible(packed, None)), given))
+
+
 def test_a_row_that_shares_nothing_is_its_own_keys() -> None:
     """No copy of keys and values is made for it."""
     packed = laid(ROWS["documents of all sizes"])
@@ -261,12 +283,10 @@ def test_bf16_kernels_on_cuda_agree_within_rounding(row: str, kernel: Any, token
 
 
 @on_cuda
-def test_values_of_another_width_than_the_keys_go_through_grids_on_cuda() -> None:
-    """The kernel has one width; grids have two."""
-    from test_attention import asked
-
+@pytest.mark.parametrize("heads", [(4, 2, 64, 32), (4, 2, 36, 36)])
+def test_head_sizes_that_the_kernel_does_not_know_go_through_grids_on_cuda(heads: tuple[int, int, int, int]) -> None:
     packed = laid(ROWS["pairs and documents"])
-    given = inputs(packed.num_tokens, (4, 2, 64, 32), torch.bfloat16)
+    given = inputs(packed.num_tokens, heads, torch.bfloat16)
     wanted = with_gradients(dense(given, visible(packed, None), 64**-0.5), given)
     there = type(given)(*(tensor.detach().cuda().requires_grad_() for tensor in given))
     out = asked("auto", there, lay_lengths(packed.to(torch.device("cuda"))), scaling=64**-0.5)
