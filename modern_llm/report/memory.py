@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from modern_llm import distributed
 from modern_llm.config import TrainingConfig
-from modern_llm.losses import summed_nll, token_logprobs
+from modern_llm.losses.token_logprobs import SIZES
 from modern_llm.models.grids import LONG
 from modern_llm.training.optim import ParameterGroups
 
@@ -125,6 +126,7 @@ class Estimate:
             reference: whether a second model stays in memory.
         """
         self.config, self.precision = config, precision
+        self.device = distributed.device().type
         self.shape = model.config.get_text_config()
         groups = ParameterGroups(model)
         sizes = {group: [p.numel() for p in found.values()] for group, found in groups.named.items()}
@@ -159,8 +161,8 @@ class Estimate:
             if self.precision.itemsize == 2
             else 24 * self.hidden + 16 * q + 16 * k + 16 * f
         )
-        on_cpu = not torch.cuda.is_available()
-        weights_kept = self.config.attention == "eager" or (on_cpu and self.config.attention == "auto" and load.longest <= LONG)
+        kept_on_cpu = self.config.attention == "auto" and load.longest <= LONG
+        weights_kept = self.config.attention == "eager" or (self.device == "cpu" and kept_on_cpu)
         attention = load.tokens * load.longest * heads * self.precision.itemsize if weights_kept else 0
         return per_token * load.tokens + attention
 
@@ -177,13 +179,14 @@ class Estimate:
     def head_bytes(self, load: Load) -> int:
         """What the output projection and the log-probs work with."""
         row, size = self.vocabulary * self.precision.itemsize, self.precision.itemsize
+        sizes = SIZES[self.device]
         if load.pairs:
-            all_kept = size == 2 and load.predicted * row <= token_logprobs.KEPT_BYTES
-            chunk = load.predicted if all_kept else token_logprobs.CHUNK_ELEMENTS // self.vocabulary
+            all_kept = size == 2 and load.predicted * row <= sizes.kept_bytes
+            chunk = load.predicted if all_kept else sizes.chunk_elements // self.vocabulary
         else:
-            chunk = summed_nll.CHUNK_BYTES // row
+            chunk = sizes.chunk_bytes // row
         chunk = min(load.predicted, max(1, chunk))
-        scratch = 4 * min(chunk * self.vocabulary, token_logprobs.CACHED_ELEMENTS)
+        scratch = 4 * min(chunk * self.vocabulary, sizes.scratch_elements)
         weight = self.vocabulary * self.hidden
         copy = weight * size if size == 2 else 0
         gradient = 4 * weight if self.head_learns else 0

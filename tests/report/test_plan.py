@@ -13,12 +13,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from modern_llm import distributed
 from modern_llm.config import PipelineConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.commands import DPOArguments, PretrainArguments, SFTArguments, as_pipeline, kind_of_file
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.loader import micro_batches, steps
+from modern_llm.losses.token_logprobs import SIZES
 from modern_llm.models.build import load_model
 from modern_llm.models.flops import training_cost
 from modern_llm.models.policy import Policy, vocabulary_rows
@@ -224,6 +226,24 @@ def test_a_measured_peak_gives_back_itself(tokenizer: PreTrainedTokenizerFast) -
             for peak in (sum(foreseen.values()) - foreseen["activations"] // 2, sum(foreseen.values()) + 10**8):
                 corrected = estimate.during_pass(load, estimate.correction(load, peak))
                 assert sum(corrected.values()) == pytest.approx(peak, rel=1e-6)
+
+
+def test_the_head_is_counted_by_the_sizes_of_its_device(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tokenizer)
+    config = resolve(TrainingConfig(batch_size=4), "sft", 1, 8)
+    load = Load(10**7, 5 * 10**6, 100, False, True)
+    found = {}
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setattr(distributed, "device", lambda kind=kind: torch.device(kind))
+        found[kind] = Estimate(model, config, torch.bfloat16, 0, False).head_bytes(load)
+    cpu, cuda = SIZES["cpu"], SIZES["cuda"]
+    vocabulary = vocabulary_rows(model)
+    logits = [2 * sizes.chunk_elements + 4 * sizes.scratch_elements for sizes in (cpu, cuda)]
+    assert load.predicted * vocabulary * 2 <= cuda.kept_bytes
+    logits[1] = 2 * load.predicted * vocabulary + 4 * cuda.scratch_elements
+    assert found["cuda"] - found["cpu"] == pytest.approx(logits[1] - logits[0], rel=0.01)
 
 
 def test_a_stage_file_is_planned_as_a_pipeline_of_that_stage(start: Path) -> None:
