@@ -69,7 +69,7 @@ class PackedRow:
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """The same on a device. From pageable memory a copy to a GPU waits for all the work before it; from page-locked it does not."""
+    """The same on a device. From pageable memory a copy to a GPU waits for all the work before it, from page-locked not."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 

@@ -108,9 +108,7 @@ def packed_attention(
     return torch.cat(out)[packed.outputs][None], None
 
 
-def _fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
-) -> Tensor:
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
     """torch's kernels, causal where there is no mask; (n, H, Q, D)."""
     groups = query.shape[1] // key.shape[1]
     if query.device.type == "cuda" and groups > 1 and (mask is not None or query.dtype == torch.float32):

@@ -47,7 +47,7 @@ def lay_lengths(row: PackedRow) -> Lengths:
 
 
 def varlen_takes(key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel knows these head sizes: keys' and values' the same, a multiple of 8, at most 256 (torch 2.11 to 2.13)."""
+    """Whether the kernel knows these head sizes: keys' and values' the same, a multiple of 8, at most 256 (torch 2.11–2.13)."""
     return key.shape[2] == value.shape[2] and key.shape[2] % 8 == 0 and key.shape[2] <= 256
 
 

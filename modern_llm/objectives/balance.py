@@ -42,7 +42,7 @@ def expert_balance(layers: Sequence[Routing], example_tokens: Tensor) -> tuple[T
     hits = torch.zeros_like(probabilities).scatter_(2, chosen, 1.0 / used)
 
     def means(values: Tensor) -> Tensor:
-        """(examples, layers, experts); index_add would have no fixed order on a GPU, and without `unsafe` it would be waited for."""
+        """(examples, layers, experts); index_add would have no fixed order on a GPU, which `unsafe` does not wait for."""
         flat = torch.segment_reduce(values.flatten(1), "mean", lengths=example_tokens, axis=0, unsafe=True)
         return flat.view(-1, *values.shape[1:])
 

@@ -28,6 +28,7 @@ from layouts import Spec, laid
 from test_attention import asked
 from tolerances import BF16_ATTENTION, GRADIENT, TOKEN_LOGPROB
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import varlen as torchs_module
 from transformers import PreTrainedTokenizerFast
 
@@ -247,6 +248,23 @@ def test_the_kernel_on_cuda_equals_dense_masks_in_value_and_gradient(
     lengths = lay_lengths(packed.to(torch.device("cuda")))
     got = with_gradients(varlen_attention(*there.learned, lengths, 64**-0.5, window), there)
     assert_within_bf16(got, wanted, given)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_grouped_heads_need_no_plain_products_on_cuda(window: int | None, dtype: torch.dtype) -> None:
+    """A kernel that holds all weights is not among those allowed."""
+    packed = laid(ROWS["pairs and documents"])
+    given = inputs(packed.num_tokens, (4, 2, 64, 64), dtype)
+    there = type(given)(*(tensor.detach().cuda().requires_grad_() for tensor in given))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        out = asked("sdpa", there, lay_grids(packed.to(torch.device("cuda"))), sliding_window=window)
+    wanted = with_gradients(dense(given, visible(packed, window)), given)
+    if dtype == torch.bfloat16:
+        assert_within_bf16(with_gradients(out, there), wanted, given)
+    else:
+        assert_equal(with_gradients(out, there), wanted, 1e-4)
 
 
 def logprobs_and_gradients(policy: Policy, row: Any, precision: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
