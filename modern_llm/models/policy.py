@@ -14,6 +14,7 @@ from modern_llm.layout import PackedRow, Segment, pack, sent
 from modern_llm.losses.summed_nll import SumOfTokens
 from modern_llm.losses.token_logprobs import EachToken
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
+from modern_llm.models.routing import run_experts_in_autocast
 
 LOGPROBS = EachToken()
 """What a policy is asked for unless told otherwise."""
@@ -59,6 +60,7 @@ class Policy(nn.Module):
         """Whether its layers are compiled (`models.compilation`), which rounds otherwise."""
         self.note: str | None = None
         """A sentence for the log where it does not run in the fast way."""
+        run_experts_in_autocast(model)
         self._choose_path()
 
     @property
