@@ -68,6 +68,11 @@ class PackedRow:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _ON_DEVICE})
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The same on a device. From pageable memory a copy to a GPU waits for all the work before it, from page-locked not."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 _ON_DEVICE = ("ids", "positions", "predicting", "targets", "target_segments")
 
 

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+if os.environ.get("TEST_ON_GPU") != "1":  # before torch is imported: bits and fp32 references are those of a CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 from helpers import save_start, tiny_model, tiny_tokenizer
 from hypothesis import HealthCheck, settings

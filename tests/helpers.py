@@ -18,6 +18,7 @@ from modern_llm.config import ModelConfig, TrainingConfig, resolve
 from modern_llm.data.prepared import Example, PreparedData, mixture_of
 from modern_llm.data.tokenizer import train_tokenizer
 from modern_llm.layout import PackedRow, Segment, pack
+from modern_llm.losses import token_logprobs
 from modern_llm.metrics import RunLog
 from modern_llm.models.build import build_model
 from modern_llm.models.policy import Policy
@@ -128,6 +129,11 @@ def make_loop(
     data = PreparedData(mixture_of(list(examples)), mixture_of(list(evaluation)), report)
     log = RunLog(folder, "run", config.max_steps, 0, ())
     return Loop(Policy(model), objective or LanguageModelingObjective(), data, config, torch.float32, log, save)
+
+
+def set_head_sizes(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+    """Some of the head's sizes for a CPU, until the end of the test."""
+    monkeypatch.setitem(token_logprobs.SIZES, "cpu", token_logprobs.SIZES["cpu"]._replace(**sizes))
 
 
 @contextmanager

@@ -57,6 +57,7 @@ SIBLINGS = {
     ("metrics", "exit_codes"),
     ("metrics", "distributed"),
     ("evaluation", "objectives"),
+    ("training.in_backward", "training.muon"),
     ("training.optim", "training.in_backward"),
     ("training.preflight", "training.in_backward"),
     ("training.optim", "training.muon"),

@@ -29,6 +29,8 @@ BF16_PREFERENCE_LOSS = 0.03
 order of 3 are off by 0.01 each, and answers of ten tokens add that up."""
 BF16_ATTENTION = 1e-2
 """Relative: value and gradients of bf16 attention against float64; measured up to 6e-3."""
+BF16_EXPERTS = 1.5e-2
+"""Relative: value and gradients of bf16 experts against fp32, the same tokens going to the same ones; measured up to 8e-3."""
 BF16_CACHED_LOGPROB = 5e-3
 """Per token of an answer: reference log-probs out of the cache, asked in rows of another size, against live ones in bf16;
 measured up to 9e-4 (3 and 4 layers of 256 channels, on a CPU with AVX512-BF16)."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modern_llm.losses.token_logprobs import (
+    SIZES,
     aligned_weight,
     exponentials_in_place,
     logits_buffer,
@@ -26,9 +27,6 @@ from modern_llm.losses.token_logprobs import (
     scores_from_logits,
     scratch_for,
 )
-
-CHUNK_BYTES = 2**27
-"""Bytes of a chunk's logits: in bf16, 1,280 positions of 50,257 words. Each chunk is a pass over the weight's fp32 gradient."""
 
 
 class NllSums(NamedTuple):
@@ -80,7 +78,7 @@ class _SummedNll(torch.autograd.Function):
         positions, vocab = len(hidden), len(weight)
         accumulate = torch.promote_types(dtype, torch.float32)
         hidden_cast, weight_cast = hidden.to(dtype), aligned_weight(weight, dtype)
-        chunks = pieces(positions, rows_within(CHUNK_BYTES // dtype.itemsize, vocab))
+        chunks = pieces(positions, rows_within(SIZES[hidden.device.type].chunk_bytes // dtype.itemsize, vocab))
         largest = max((rows.stop - rows.start for rows in chunks), default=0)
         buffer = logits_buffer(largest, weight_cast)
         scratch = scratch_for(largest, vocab, hidden, accumulate)

@@ -6,7 +6,7 @@ z it makes e = exp(z − max z) in place and s = Σ e. Everything else follows w
     ∂ log p(y) / ∂z = onehot(y) − e / s,    ∂hidden = (onehot − e / s) W,    ∂W = (onehot − e / s)ᵀ hidden,
 
 where 1 / s scales rows of (positions × d_model) instead of the large matrix, and the one-hot part is a gather and a scatter. In
-bf16, e is kept for the backward pass up to `KEPT_BYTES`; beyond that, and in fp32, each chunk's e is made again.
+bf16, e is kept for the backward pass up to `Sizes.kept_bytes`; beyond that, and in fp32, each chunk's e is made again.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**23
-"""Logits of one product, positions × vocabulary: narrower products are slower."""
 
-CACHED_ELEMENTS = 2**20
-"""fp32 values of the elementwise pass that are worked on at once; more of them leave the processor's cache. Measured for 768 ×
-50,257 on a 2-core CPU: 35 ms at 0.8 million, 51 ms at 8 million; the same pass through `torch.compile` takes 39 ms. On an
-accelerator a whole chunk goes at once."""
+class Sizes(NamedTuple):
+    """How much of (positions × vocabulary) is there at once."""
 
-KEPT_BYTES = 2**28
-"""Most memory that e may take from the forward to the backward pass: 256 MiB, 2,670 positions of 50,257 words."""
+    chunk_elements: int
+    """Logits of one product where the log-prob of each token is asked for: narrower products are slower."""
+    chunk_bytes: int
+    """Bytes of one product's logits where only the sum is asked for (`summed_nll`)."""
+    scratch_elements: int
+    """fp32 values of the elementwise pass that are worked on at once."""
+    kept_bytes: int
+    """Most memory that e may take from the forward to the backward pass."""
+
+
+SIZES = {
+    "cpu": Sizes(chunk_elements=2**23, chunk_bytes=2**27, scratch_elements=2**20, kept_bytes=2**28),
+    "cuda": Sizes(chunk_elements=2**28, chunk_bytes=2**30, scratch_elements=2**26, kept_bytes=2**32),
+}
+"""By type of device. Each chunk is a pass over the weight's fp32 gradient.
+
+On a CPU, measured: more scratch leaves the processor's cache (768 × 50,257 on 2 cores: 35 ms at 0.8 million values, 51 ms at 8
+million; the same pass through `torch.compile` takes 39 ms). What is kept are 2,670 positions of 50,257 words.
+
+On CUDA, arithmetic and not measured: with 151,936 words a chunk for a CPU has 55 positions, whose product is shorter than its
+pass over the gradient. Here it has 1,728, or 3,520 in bf16 where the sum is asked for. The scratch, 256 MiB, is enough for each
+kernel to take far longer than its launch; as long as the chunk it would be 1 GiB. 14,134 positions are kept, in 4 GiB."""
 
 
 class TokenScores(NamedTuple):
@@ -134,13 +150,13 @@ def pieces(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _chunks(positions: int, vocab: int) -> list[slice]:
-    return pieces(positions, rows_within(CHUNK_ELEMENTS, vocab))
+def _chunks(hidden: Tensor, vocab: int) -> list[slice]:
+    return pieces(len(hidden), rows_within(SIZES[hidden.device.type].chunk_elements, vocab))
 
 
 def scratch_for(positions: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """(some, vocab) values of the elementwise pass."""
-    elements = CACHED_ELEMENTS if like.device.type == "cpu" else CHUNK_ELEMENTS
+    elements = SIZES[like.device.type].scratch_elements
     return like.new_empty(min(positions, max(1, elements // vocab)), vocab, dtype=dtype)
 
 
@@ -187,7 +203,7 @@ def _exponentials(
     if kept is not None:
         yield slice(0, len(kept)), kept
         return
-    chunks = _chunks(len(hidden), vocab)
+    chunks = _chunks(hidden, vocab)
     largest = max((rows.stop - rows.start for rows in chunks), default=0)
     buffer = logits_buffer(largest, weight)
     scratch = scratch_for(largest, vocab, hidden, normalizers.dtype)
@@ -220,9 +236,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
         positions, vocab = hidden.shape[0], weight.shape[0]
         accumulate = torch.promote_types(dtype, torch.float32)  # float64 stays float64, for tests
         hidden_cast, weight_cast = hidden.to(dtype), aligned_weight(weight, dtype)
-        chunks = _chunks(positions, vocab)
+        chunks = _chunks(hidden, vocab)
         largest = max((rows.stop - rows.start for rows in chunks), default=0)
-        keep = learns and dtype.itemsize == 2 and positions * vocab * dtype.itemsize <= KEPT_BYTES
+        kept_bytes = SIZES[hidden.device.type].kept_bytes
+        keep = learns and dtype.itemsize == 2 and positions * vocab * dtype.itemsize <= kept_bytes
         kept = logits_buffer(positions if keep else largest, weight_cast)
         scratch = scratch_for(largest, vocab, hidden, accumulate)
         target_logits, highest, sums = (hidden.new_empty(positions, dtype=accumulate) for _ in range(3))

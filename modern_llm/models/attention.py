@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from modern_llm.layout import PackedRow
 from modern_llm.models.grid_kernel import grid_attention
 from modern_llm.models.grids import Grids, lay_grids
-from modern_llm.models.varlen import Lengths, lay_lengths, varlen_attention
+from modern_llm.models.varlen import Lengths, lay_lengths, varlen_attention, varlen_takes
 
 Kernel = Literal["auto", "sdpa", "eager"]
 
@@ -86,8 +86,7 @@ def packed_attention(
     kind = value.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, H or K, D)
-    one_width = value.shape[2] == key.shape[2]  # the kernel for lengths knows but one
-    if isinstance(packed, Lengths) and not beyond_fused and dropout == 0 and one_width:
+    if isinstance(packed, Lengths) and not beyond_fused and dropout == 0 and varlen_takes(key, value):
         return varlen_attention(query, key, value, packed, scaling, window)[None], None
     if isinstance(packed, Lengths):
         packed = packed.grids
@@ -101,12 +100,25 @@ def packed_attention(
         mask = None if causal else grid.visible(window)[:, None]  # (n, 1, Q, W)
         q, k, v = query[grid.queries].transpose(1, 2), key[grid.keys].transpose(1, 2), value[grid.keys].transpose(1, 2)
         if fused:
-            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=True)
+            attended = _fused_attention(q, k, v, mask, scaling, dropout)
         else:
             assert mask is not None
             attended = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, s_aux)
         out.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)[packed.outputs][None], None
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
+    """torch's kernels, causal where there is no mask; (n, H, Q, D)."""
+    groups = query.shape[1] // key.shape[1]
+    if query.device.type == "cuda" and groups > 1 and (mask is not None or query.dtype == torch.float32):
+        # the flash kernel takes neither, and the memory-efficient one no groups (torch 2.11 to 2.13): plain products are left,
+        # which hold all (Q, W) weights
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    is_grouped = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=is_grouped
+    )
 
 
 def _explicit_attention(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modern_llm.layout import PackedRow
+from modern_llm.layout import PackedRow, sent
 
 FULLEST = 1.3
 """A segment joins a grid while the widest line has at most so many times its tokens. Measured on a 2-core CPU, forward and
@@ -99,10 +99,10 @@ def lay_grids(row: PackedRow) -> Grids:
     device = row.ids.device
     return Grids(
         shapes=torch.tensor(shapes),
-        queries=torch.from_numpy(np.concatenate(queries)).to(device),
-        keys=torch.from_numpy(np.concatenate(keys)).to(device),
-        shared=torch.from_numpy(np.concatenate(order)).to(device),
-        outputs=torch.from_numpy(outputs).to(device),
+        queries=sent(torch.from_numpy(np.concatenate(queries)), device),
+        keys=sent(torch.from_numpy(np.concatenate(keys)), device),
+        shared=sent(torch.from_numpy(np.concatenate(order)), device),
+        outputs=sent(torch.from_numpy(outputs), device),
         is_long=max(seen for _, _, seen, _ in shapes) > LONG,
     )
 

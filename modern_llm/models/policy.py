@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config import UserError
-from modern_llm.layout import PackedRow, Segment, pack
+from modern_llm.layout import PackedRow, Segment, pack, sent
 from modern_llm.losses.summed_nll import SumOfTokens
 from modern_llm.losses.token_logprobs import EachToken
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
+from modern_llm.models.routing import run_experts_in_autocast
 
 LOGPROBS = EachToken()
 """What a policy is asked for unless told otherwise."""
@@ -59,6 +60,7 @@ class Policy(nn.Module):
         """Whether its layers are compiled (`models.compilation`), which rounds otherwise."""
         self.note: str | None = None
         """A sentence for the log where it does not run in the fast way."""
+        run_experts_in_autocast(model)
         self._choose_path()
 
     @property
@@ -108,7 +110,7 @@ class Policy(nn.Module):
             for a, n, p, s in zip(start, own, prompt, shared, strict=True)
         ]
         ids = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
-        lengths = torch.tensor([len(line) for line in lines], device=ids.device)
+        lengths = sent(torch.tensor([len(line) for line in lines]), ids.device)
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask}, (row.target_segments, row.positions[0, row.predicting])
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modern_llm.layout import PackedRow
+from modern_llm.layout import PackedRow, sent
 from modern_llm.models.grids import Grids, lay_grids
 
 
@@ -38,12 +38,17 @@ def lay_lengths(row: PackedRow) -> Lengths:
     query_ends = np.concatenate([[0], np.cumsum(own)])
     device = row.ids.device
     return Lengths(
-        query_ends=torch.from_numpy(query_ends).to(device, torch.int32),
-        key_ends=torch.from_numpy(key_ends).to(device, torch.int32),
-        keys=torch.from_numpy(keys).to(device),
+        query_ends=sent(torch.from_numpy(query_ends).int(), device),
+        key_ends=sent(torch.from_numpy(key_ends).int(), device),
+        keys=sent(torch.from_numpy(keys), device),
         longest=torch.tensor([own.max(), seen.max()]),
         grids=lay_grids(row),
     )
+
+
+def varlen_takes(key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel knows these head sizes: keys' and values' the same, a multiple of 8, at most 256 (torch 2.11–2.13)."""
+    return key.shape[2] == value.shape[2] and key.shape[2] % 8 == 0 and key.shape[2] <= 256
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scaling: float, window: int | None) -> Tensor:

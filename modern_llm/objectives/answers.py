@@ -36,14 +36,16 @@ def answer_scores(policy: Policy, row: PackedRow, certainty: bool = False) -> An
         certainty: whether `certainty` is wanted, which costs another pass over the vocabulary.
     """
     scores: TokenScores = policy(row, EachToken(collisions=certainty))
-    tokens = torch.bincount(row.target_segments, minlength=row.num_segments)
+    # bincount would wait for a GPU, whose largest value it reads
+    ones = torch.ones_like(row.target_segments)
+    tokens = ones.new_zeros(row.num_segments).index_add_(0, row.target_segments, ones)
     shorter = tokens.view(-1, 2).amin(1).repeat_interleave(2)
     place = torch.arange(row.num_scored, device=tokens.device) - (tokens.cumsum(0) - tokens)[row.target_segments]
     in_first = place < shorter[row.target_segments]
 
     def per_answer(values: Tensor) -> Tensor:
-        # index_add would have no fixed order on a GPU
-        return torch.segment_reduce(values, "sum", lengths=tokens, initial=0.0).view(-1, 2)
+        # index_add would have no fixed order on a GPU; `unsafe` reads no lengths there, which are counts of these very values
+        return torch.segment_reduce(values, "sum", lengths=tokens, initial=0.0, unsafe=True).view(-1, 2)
 
     counts = tokens.to(scores.logprobs.dtype).view(-1, 2)
     return AnswerScores(

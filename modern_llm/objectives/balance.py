@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modern_llm.config import UserError
 from modern_llm.data.loader import MicroBatch
+from modern_llm.layout import sent
 from modern_llm.models.policy import Policy
 from modern_llm.models.routing import RouterRecorder, Routing
 from modern_llm.objectives.base import Objective, Outcome, Term
@@ -28,7 +29,7 @@ def expert_balance(layers: Sequence[Routing], example_tokens: Tensor) -> tuple[T
 
     Args:
         layers: what each router said of the row's tokens, (tokens, …).
-        example_tokens: (examples,) int64, tokens of each example; examples lie end to end in the row.
+        example_tokens: (examples,) int64, tokens of each example, not checked to add up to the row's; examples lie end to end.
 
     Returns:
         (examples,) the loss, and (examples,) the share of the choices that fell on a layer's most used expert, mean over
@@ -41,8 +42,8 @@ def expert_balance(layers: Sequence[Routing], example_tokens: Tensor) -> tuple[T
     hits = torch.zeros_like(probabilities).scatter_(2, chosen, 1.0 / used)
 
     def means(values: Tensor) -> Tensor:
-        """(examples, layers, experts); index_add would have no fixed order on a GPU."""
-        flat = torch.segment_reduce(values.flatten(1), "mean", lengths=example_tokens, axis=0)
+        """(examples, layers, experts); index_add would have no fixed order on a GPU, which `unsafe` does not wait for."""
+        flat = torch.segment_reduce(values.flatten(1), "mean", lengths=example_tokens, axis=0, unsafe=True)
         return flat.view(-1, *values.shape[1:])
 
     share = means(hits)
@@ -79,7 +80,8 @@ class Balanced(Objective):
             outcome = self.objective(policy, batch)
         said = [layer for layer in layers if layer is not None]
         assert len(said) == len(layers), "every router ran"
-        tokens = torch.tensor(batch.example_tokens, device=batch.row.ids.device)
+        assert sum(batch.example_tokens) == batch.row.num_tokens, "examples lie end to end in the row"
+        tokens = sent(torch.tensor(batch.example_tokens), batch.row.ids.device)
         loss, largest = expert_balance(said, tokens)
         metrics = {"balance_loss": loss.detach().sum(), "largest_expert_share": largest.sum()}
         term = Term(loss.sum() - loss.detach().sum(), "examples", self.weight)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from modern_llm import distributed
 from modern_llm.config import TrainingConfig
-from modern_llm.losses import summed_nll, token_logprobs
+from modern_llm.losses.token_logprobs import SIZES
 from modern_llm.models.grids import LONG
+from modern_llm.training.muon import working_bytes
 from modern_llm.training.optim import ParameterGroups
 
 Bytes = dict[str, int]
@@ -125,6 +127,7 @@ class Estimate:
             reference: whether a second model stays in memory.
         """
         self.config, self.precision = config, precision
+        self.device = distributed.device().type
         self.shape = model.config.get_text_config()
         groups = ParameterGroups(model)
         sizes = {group: [p.numel() for p in found.values()] for group, found in groups.named.items()}
@@ -144,6 +147,10 @@ class Estimate:
             "average": 0 if config.ema_decay is None else 4 * trained,
             "reference": weights if reference else 0,
         }
+        self.update = 0
+        """What the optimizer works with once all gradients are there; left out where it works on one matrix at a time."""
+        if config.optimizer == "muon" and self.device == "cuda" and not config.optimizer_in_backward:
+            self.update = working_bytes(p.shape for p in groups.named["matrices"].values())
 
     def layer_bytes(self, load: Load) -> int:
         """What one layer keeps of a micro-batch from its forward to its backward pass."""
@@ -159,8 +166,8 @@ class Estimate:
             if self.precision.itemsize == 2
             else 24 * self.hidden + 16 * q + 16 * k + 16 * f
         )
-        on_cpu = not torch.cuda.is_available()
-        weights_kept = self.config.attention == "eager" or (on_cpu and self.config.attention == "auto" and load.longest <= LONG)
+        kept_on_cpu = self.config.attention == "auto" and load.longest <= LONG
+        weights_kept = self.config.attention == "eager" or (self.device == "cpu" and kept_on_cpu)
         attention = load.tokens * load.longest * heads * self.precision.itemsize if weights_kept else 0
         return per_token * load.tokens + attention
 
@@ -177,21 +184,24 @@ class Estimate:
     def head_bytes(self, load: Load) -> int:
         """What the output projection and the log-probs work with."""
         row, size = self.vocabulary * self.precision.itemsize, self.precision.itemsize
+        sizes = SIZES[self.device]
         if load.pairs:
-            all_kept = size == 2 and load.predicted * row <= token_logprobs.KEPT_BYTES
-            chunk = load.predicted if all_kept else token_logprobs.CHUNK_ELEMENTS // self.vocabulary
+            all_kept = size == 2 and load.predicted * row <= sizes.kept_bytes
+            chunk = load.predicted if all_kept else sizes.chunk_elements // self.vocabulary
         else:
-            chunk = summed_nll.CHUNK_BYTES // row
+            chunk = sizes.chunk_bytes // row
         chunk = min(load.predicted, max(1, chunk))
-        scratch = 4 * min(chunk * self.vocabulary, token_logprobs.CACHED_ELEMENTS)
+        scratch = 4 * min(chunk * self.vocabulary, sizes.scratch_elements)
         weight = self.vocabulary * self.hidden
         copy = weight * size if size == 2 else 0
         gradient = 4 * weight if self.head_learns else 0
         return chunk * row + scratch + copy + gradient + 12 * load.predicted * self.hidden
 
     def during_pass(self, load: Load, correction: Correction = NOT_MEASURED) -> Bytes:
-        """At the highest point of a micro-batch's forward and backward pass."""
+        """At the highest point of a step: in a forward and backward pass, at its end, or in the update after it."""
         held, head = {**self.held, "other": correction.other}, self.head_bytes(load)
+        if self._peaks_in_update(load):
+            return {**held, "activations": 0, "head": 0, "update": self.update}
         if self._peaks_with_gradients(load):
             return {**held, "activations": round(correction.share * self.layer_bytes(load)), "head": 0}
         if not load.several:
@@ -207,9 +217,15 @@ class Estimate:
         """What a run says whose memory was `peak` at its largest."""
         parts = self.during_pass(load)
         beyond = peak - sum(parts.values())
-        if beyond >= 0:
-            return Correction(other=beyond)
+        if beyond >= 0 or not parts["activations"]:
+            return Correction(other=max(0, beyond))
         return Correction(share=max(0.0, 1 + beyond / parts["activations"]))
+
+    def _peaks_in_update(self, load: Load) -> bool:
+        """Whether what the optimizer works with is more than all that is needed before."""
+        there = self.held["gradients"] if load.several else 0
+        before = there + self.activation_bytes(load) + self.head_bytes(load)
+        return self.update > self.layer_bytes(load) and self.held["gradients"] + self.update > before
 
     def _peaks_with_gradients(self, load: Load) -> bool:
         """Whether the gradients that the only micro-batch of a step leaves behind are more than all it needed before."""

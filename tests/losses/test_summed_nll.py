@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import set_head_sizes
 from tolerances import BF16_HEAD_GRADIENT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modern_llm.losses import summed_nll, token_logprobs
+from modern_llm.losses import token_logprobs
 from modern_llm.losses.summed_nll import NllSums, SumOfTokens
 
 POSITIONS, WIDTH, VOCAB = 11, 6, 37
@@ -59,8 +60,7 @@ def asked(head: Head, z_loss: float) -> NllSums:
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if "chunk_bytes" in given:
-        monkeypatch.setattr(summed_nll, "CHUNK_BYTES", given["chunk_bytes"])
-        monkeypatch.setattr(token_logprobs, "CACHED_ELEMENTS", 3 * VOCAB)
+        set_head_sizes(monkeypatch, chunk_bytes=given["chunk_bytes"], scratch_elements=3 * VOCAB)
 
 
 @EACH_CHUNK
@@ -140,7 +140,7 @@ def test_bf16_rounds_the_products_and_nothing_else(z_loss: float, with_bias: boo
 
 def test_gradients_of_chunks_add_up_in_fp32_under_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """4,096 equal positions, one to a chunk: a bf16 sum would stop growing at 256 times one of them (8 bits of mantissa)."""
-    monkeypatch.setattr(summed_nll, "CHUNK_BYTES", 1)
+    set_head_sizes(monkeypatch, chunk_bytes=1)
     hidden, weight, bias = torch.ones(4096, 1), torch.zeros(2, 1, requires_grad=True), torch.zeros(2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         SumOfTokens().from_hidden(hidden, weight, bias, torch.zeros(4096, dtype=torch.int64)).nll.backward()
@@ -166,7 +166,7 @@ class Largest(TorchDispatchMode):
 def test_no_table_of_positions_by_vocabulary_is_ever_there(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     positions, vocab = 300, 200
     itemsize = 2 if precision == "bf16" else 4
-    monkeypatch.setattr(summed_nll, "CHUNK_BYTES", 7 * vocab * itemsize)
+    set_head_sizes(monkeypatch, chunk_bytes=7 * vocab * itemsize)
     head = make_head(True, torch.float32, positions, vocab)
     with Largest() as made:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import set_head_sizes
 from tolerances import BF16_HEAD_GRADIENT, BF16_LOGIT
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -35,10 +36,9 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The sizes that a test is parametrized with, in place of those for real vocabularies."""
     given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if "elements" in given:
-        monkeypatch.setattr(token_logprobs, "CHUNK_ELEMENTS", given["elements"][0])
-        monkeypatch.setattr(token_logprobs, "CACHED_ELEMENTS", given["elements"][1])
+        set_head_sizes(monkeypatch, chunk_elements=given["elements"][0], scratch_elements=given["elements"][1])
     if "kept_bytes" in given:
-        monkeypatch.setattr(token_logprobs, "KEPT_BYTES", given["kept_bytes"])
+        set_head_sizes(monkeypatch, kept_bytes=given["kept_bytes"])
 
 
 class Head(NamedTuple):
@@ -179,7 +179,7 @@ def test_bf16_rounds_the_products_and_nothing_else(with_bias: bool, kept_bytes: 
 @EACH_KEPT
 def test_gradients_of_chunks_add_up_in_fp32_under_bf16(kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """4,096 equal positions, one to a chunk: a bf16 sum would stop growing at 256 times one of them (8 bits of mantissa)."""
-    monkeypatch.setattr(token_logprobs, "CHUNK_ELEMENTS", 1)
+    set_head_sizes(monkeypatch, chunk_elements=1)
     hidden, weight, bias = torch.ones(4096, 1), torch.zeros(2, 1, requires_grad=True), torch.zeros(2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         token_scores(hidden, weight, bias, torch.zeros(4096, dtype=torch.int64)).logprobs.sum().backward()
@@ -194,7 +194,7 @@ def test_what_is_kept_changes_no_value(elements: tuple[int, int], monkeypatch: p
     """Nor does it matter whether anything learns."""
     head, found = make_head(True, torch.float32), []
     for kept_bytes in KEPT.values():
-        monkeypatch.setattr(token_logprobs, "KEPT_BYTES", kept_bytes)
+        set_head_sizes(monkeypatch, kept_bytes=kept_bytes)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(token_scores(head.hidden, head.weight, head.bias, head.targets, collisions=True))
             with torch.no_grad():
@@ -212,8 +212,7 @@ def test_no_table_of_positions_by_vocabulary_is_ever_there_in_fp32(
 ) -> None:
     """Every tensor that an operator makes in either pass; bf16 may keep one such table, where it is allowed."""
     positions, width, rows_at_once = 300, 4, 7
-    monkeypatch.setattr(token_logprobs, "CHUNK_ELEMENTS", rows_at_once * vocab)
-    monkeypatch.setattr(token_logprobs, "CACHED_ELEMENTS", 3 * vocab)
+    set_head_sizes(monkeypatch, chunk_elements=rows_at_once * vocab, scratch_elements=3 * vocab)
     hidden, weight = torch.randn(positions, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
     bias = torch.zeros(vocab, requires_grad=True) if with_bias else None
     with Sizes() as made:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from dense import (
     HEADS,
     ROWS,
@@ -29,11 +30,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import laid
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.layout import PackedRow
 from modern_llm.models import grids as grids_module
-from modern_llm.models.attention import IMPLEMENTATIONS, attention_layout, packed_attention
+from modern_llm.models.attention import IMPLEMENTATIONS, _fused_attention, attention_layout, packed_attention
 from modern_llm.models.grid_kernel import _backward, _forward, grid_attention
 from modern_llm.models.grids import Grids, lay_grids
 from modern_llm.models.policy import Policy
@@ -320,6 +322,29 @@ def test_fifty_changing_layouts_recompile_nothing_after_warmup(tokenizer: PreTra
                     torch.testing.assert_close(hidden(compiled, row), hidden(body, row), rtol=0, atol=1e-6)
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "equal"])
+def test_grouped_heads_are_repeated_on_cuda_where_its_kernels_take_no_groups(
+    heads: int, dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tensors without memory, which stand for any device."""
+    asked_for: list[tuple[int, bool]] = []
+
+    def noted(query: Tensor, key: Tensor, *rest: Any, enable_gqa: bool, **options: Any) -> Tensor:
+        asked_for.append((key.shape[1], enable_gqa))
+        return query
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    for device in ("cuda", "cpu"):
+        with FakeTensorMode():
+            query, key = (torch.empty(2, n, 5, 8, dtype=dtype, device=device) for n in (4, heads))
+            mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device=device) if masked else None
+            _fused_attention(query, key, key, mask, SCALING, 0.0)
+    repeated = (4, False) if masked or dtype == torch.float32 else (heads, heads != 4)
+    assert asked_for == [repeated, (heads, heads != 4)]
 
 
 LOOPS = pytest.mark.xfail(strict=True, reason="a loop over grids in Python, which a compiler cannot take whole")

@@ -1,5 +1,6 @@
 """Layouts for the kernel of sequences of different lengths, and what is passed to it; on a GPU, the kernel itself."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,10 @@ from helpers import relative_error, sharpened, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import Spec, laid
+from test_attention import asked
 from tolerances import BF16_ATTENTION, GRADIENT, TOKEN_LOGPROB
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import varlen as torchs_module
 from transformers import PreTrainedTokenizerFast
 
@@ -182,6 +185,26 @@ def test_what_is_passed_is_what_this_torchs_kernel_takes(
     assert_equal([out.detach()], [dense(given, visible(packed, window)).detach()])
 
 
+@pytest.mark.parametrize(("size", "takes"), [(4, False), (8, True), (12, False), (256, True), (264, False)])
+def test_head_sizes_that_the_kernel_does_not_know_go_through_grids(
+    size: int, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = stand_in()
+
+    @functools.wraps(plain)
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torchs_module, "varlen_attn", counted)
+    packed = laid(ROWS["pairs and documents"])
+    given = inputs(packed.num_tokens, (4, 2, size, size))
+    got = asked("auto", given, lay_lengths(packed))
+    assert len(calls) == takes
+    assert_equal(with_gradients(got, given), with_gradients(dense(given, visible(packed, None)), given))
+
+
 def test_a_row_that_shares_nothing_is_its_own_keys() -> None:
     """No copy of keys and values is made for it."""
     packed = laid(ROWS["documents of all sizes"])
@@ -202,6 +225,16 @@ def test_on_cuda_bf16_gets_lengths_where_the_kernel_may_be_chosen() -> None:
 
 
 @on_cuda
+def test_laying_a_row_on_cuda_does_not_wait_for_the_device() -> None:
+    row = laid(ROWS["pairs and documents"]).to(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lay_lengths(row)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_cuda
 @pytest.mark.parametrize("heads", [(4, 4, 64, 64), (8, 2, 64, 64), (6, 1, 128, 128)])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -215,6 +248,23 @@ def test_the_kernel_on_cuda_equals_dense_masks_in_value_and_gradient(
     lengths = lay_lengths(packed.to(torch.device("cuda")))
     got = with_gradients(varlen_attention(*there.learned, lengths, 64**-0.5, window), there)
     assert_within_bf16(got, wanted, given)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_grouped_heads_need_no_plain_products_on_cuda(window: int | None, dtype: torch.dtype) -> None:
+    """A kernel that holds all weights is not among those allowed."""
+    packed = laid(ROWS["pairs and documents"])
+    given = inputs(packed.num_tokens, (4, 2, 64, 64), dtype)
+    there = type(given)(*(tensor.detach().cuda().requires_grad_() for tensor in given))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        out = asked("sdpa", there, lay_grids(packed.to(torch.device("cuda"))), sliding_window=window)
+    wanted = with_gradients(dense(given, visible(packed, window)), given)
+    if dtype == torch.bfloat16:
+        assert_within_bf16(with_gradients(out, there), wanted, given)
+    else:
+        assert_equal(with_gradients(out, there), wanted, 1e-4)
 
 
 def logprobs_and_gradients(policy: Policy, row: Any, precision: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
@@ -251,12 +301,10 @@ def test_bf16_kernels_on_cuda_agree_within_rounding(row: str, kernel: Any, token
 
 
 @on_cuda
-def test_values_of_another_width_than_the_keys_go_through_grids_on_cuda() -> None:
-    """The kernel has one width; grids have two."""
-    from test_attention import asked
-
+@pytest.mark.parametrize("heads", [(4, 2, 64, 32), (4, 2, 36, 36)])
+def test_head_sizes_that_the_kernel_does_not_know_go_through_grids_on_cuda(heads: tuple[int, int, int, int]) -> None:
     packed = laid(ROWS["pairs and documents"])
-    given = inputs(packed.num_tokens, (4, 2, 64, 32), torch.bfloat16)
+    given = inputs(packed.num_tokens, heads, torch.bfloat16)
     wanted = with_gradients(dense(given, visible(packed, None), 64**-0.5), given)
     there = type(given)(*(tensor.detach().cuda().requires_grad_() for tensor in given))
     out = asked("auto", there, lay_lengths(packed.to(torch.device("cuda"))), scaling=64**-0.5)

@@ -13,21 +13,24 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from modern_llm import distributed
 from modern_llm.config import PipelineConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.commands import DPOArguments, PretrainArguments, SFTArguments, as_pipeline, kind_of_file
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.loader import micro_batches, steps
+from modern_llm.losses.token_logprobs import SIZES
 from modern_llm.models.build import load_model
 from modern_llm.models.flops import training_cost
 from modern_llm.models.policy import Policy, vocabulary_rows
 from modern_llm.objectives import LanguageModelingObjective
 from modern_llm.precision import autocast
 from modern_llm.report import plan as planning
-from modern_llm.report.memory import Estimate, Load, Machine
+from modern_llm.report.memory import Correction, Estimate, Load, Machine
 from modern_llm.report.plan import plan
 from modern_llm.report.plan_text import show
+from modern_llm.training.optim import ParameterGroups
 
 ROWS = 12
 
@@ -224,6 +227,44 @@ def test_a_measured_peak_gives_back_itself(tokenizer: PreTrainedTokenizerFast) -
             for peak in (sum(foreseen.values()) - foreseen["activations"] // 2, sum(foreseen.values()) + 10**8):
                 corrected = estimate.during_pass(load, estimate.correction(load, peak))
                 assert sum(corrected.values()) == pytest.approx(peak, rel=1e-6)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_on_a_gpu_the_update_of_muon_counts_where_it_is_the_highest_point(
+    several: bool, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    model = tiny_model(tokenizer, d_model=128)
+    estimate = Estimate(model, resolve(TrainingConfig(optimizer="muon"), "sft", 1, 8), torch.bfloat16, 0, False)
+    shapes = [p.shape for p in ParameterGroups(model).named["matrices"].values()]
+    assert estimate.update == 16 * max(shapes.count(shape) * shape.numel() for shape in shapes)
+    few, many = (Load(tokens, tokens // 2, 4, several, False) for tokens in (4, 40_000))
+    estimate.update = 10**8
+    assert estimate.during_pass(few) == {**estimate.held, "other": 0, "activations": 0, "head": 0, "update": 10**8}
+    assert "update" not in estimate.during_pass(many)
+    peak = sum(estimate.during_pass(few).values())
+    assert sum(estimate.during_pass(few, estimate.correction(few, peak + 5)).values()) == peak + 5
+    assert estimate.correction(few, peak - 5) == Correction()
+    changed = resolve(TrainingConfig(optimizer="adamw"), "sft", 1, 8)
+    assert Estimate(model, changed, torch.bfloat16, 0, False).update == 0
+
+
+def test_the_head_is_counted_by_the_sizes_of_its_device(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tokenizer)
+    config = resolve(TrainingConfig(batch_size=4), "sft", 1, 8)
+    load = Load(10**7, 5 * 10**6, 100, False, True)
+    found = {}
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setattr(distributed, "device", lambda kind=kind: torch.device(kind))
+        found[kind] = Estimate(model, config, torch.bfloat16, 0, False).head_bytes(load)
+    cpu, cuda = SIZES["cpu"], SIZES["cuda"]
+    vocabulary = vocabulary_rows(model)
+    logits = [2 * sizes.chunk_elements + 4 * sizes.scratch_elements for sizes in (cpu, cuda)]
+    assert load.predicted * vocabulary * 2 <= cuda.kept_bytes
+    logits[1] = 2 * load.predicted * vocabulary + 4 * cuda.scratch_elements
+    assert found["cuda"] - found["cpu"] == pytest.approx(logits[1] - logits[0], rel=0.01)
 
 
 def test_a_stage_file_is_planned_as_a_pipeline_of_that_stage(start: Path) -> None:

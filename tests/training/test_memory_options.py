@@ -56,6 +56,19 @@ def train(model: PreTrainedModel, folder: Path, **settings: Any) -> Loop:
 # Updates during the backward pass
 
 
+@pytest.fixture(params=["the host looks", "the device decides"])
+def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    build = BackwardUpdates.__init__
+
+    def built(self: BackwardUpdates, *args: Any) -> None:
+        build(self, *args)
+        self.looks = request.param == "the host looks"
+
+    monkeypatch.setattr(BackwardUpdates, "__init__", built)
+
+
+@pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize(
     ("optimizer", "tied"), [("adamw", True), ("adamw", False), ("rmsprop", True), ("muon", False), ("adamw_8bit", True)]
 )
@@ -169,7 +182,8 @@ class SpoiledGradient(LanguageModelingObjective):
         return outcome
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.usefixtures("looks")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "rmsprop"])
 def test_a_parameter_whose_gradient_is_not_finite_is_left_and_the_step_is_reported(
     optimizer: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +235,7 @@ def test_outside_a_step_a_backward_pass_updates_nothing() -> None:
     (2 * weight).sum().backward()
     assert torch.equal(weight.detach(), -torch.ones(3))
     assert float(updates.finish()) == pytest.approx(12**0.5)
+    assert updates.left == []
 
 
 def test_gradients_stay_as_they_are_without_a_largest_norm(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modern_llm.training import muon
-from modern_llm.training.muon import Muon, orthogonalized
+from modern_llm.training.muon import Muon, orthogonalized, working_bytes
 
 SHAPES = [(8, 8), (12, 5), (8, 8), (5, 12), (12, 5), (3, 3)]
 
@@ -83,6 +83,21 @@ def test_asked_on_the_device_a_finite_step_is_the_same(way: str) -> None:
             give_gradients(parameters, step)
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(asked, plain, strict=True))
+
+
+def test_batches_on_a_gpu_are_of_one_shape_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By matrices without memory, which stand for any device but a CPU."""
+    monkeypatch.setattr(muon, "LARGEST_BATCH", 130)
+    shapes = [(8, 8)] * 5 + [(12, 5), (12, 5), (20, 10)]
+    there = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    batches = muon._batches(there)
+    assert [[tuple(p.shape) for p in batch] for batch in batches] == [
+        [(8, 8)] * 2, [(8, 8)] * 2, [(8, 8)], [(12, 5)] * 2, [(20, 10)],
+    ]  # fmt: skip
+    assert {id(p) for batch in batches for p in batch} == {id(p) for p in there}
+    assert [len(batch) for batch in muon._batches(matrices())] == [1] * len(SHAPES)
+    assert working_bytes(p.shape for p in there) == 16 * 200
+    assert working_bytes(p.shape for p in there[:-1]) == 16 * 128
 
 
 def kept(parameters: list[nn.Parameter], optimizer: Muon) -> tuple[list[Tensor], list[Tensor]]:
