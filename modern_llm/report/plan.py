@@ -325,7 +325,7 @@ class _Planner:
         return {setting: self._peak(changed, correction) for setting, changed in found.items()}
 
     def _disk(self, rehearsed: Rehearsed | None) -> Bytes:
-        """What checkpoints take at most: weights (of adapters, only theirs), and where a run can be resumed its training state."""
+        """What checkpoints take at most: weights (of adapters, only theirs), and, to resume from, the training state."""
         held = self._estimate(self.config).held
         final = 4 * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         final = held["weights"] if self.config.adapter is None else final

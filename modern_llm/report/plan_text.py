@@ -40,7 +40,8 @@ def show(plan: Plan, as_json: bool, console: Console | None = None) -> None:
     )
     if plan.disk_bytes > plan.disk_free_bytes:
         console.print(
-            "[bold red]the disk is too small[/bold red]: set keep_checkpoints (for example 2), or raise save_every", highlight=False
+            "[bold red]the disk is too small[/bold red]: set keep_checkpoints (for example 2), or raise save_every",
+            highlight=False,
         )
 
 
