@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` need only Python ≥ 3.11, pip and make.
+# `make quickstart` and `make test` need only Python 3.11 to 3.13, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -36,6 +36,7 @@ FILES = (
 
 _FENCE_WORDS = re.compile(r"^(```\w+) (?:no-run|fails|output|instruction|preference|documents|[A-Z]\w+)$", re.MULTILINE)
 _CONFIG_FILE = re.compile(r"^<!-- config: (\S+) -->$", re.MULTILINE)
+_CONFIG_LINK = re.compile(r"\[(`\S+`)\]\(\.\./configs/\S+\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -49,6 +50,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     }.items():
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", content())
+    markdown = _CONFIG_LINK.sub(r"\1", markdown)  # for readers of the repository; the site has the files on the page
     markdown = _CONFIG_FILE.sub(lambda match: f"```yaml\n{(ROOT / 'configs' / match[1]).read_text()}```", markdown)
     return _FENCE_WORDS.sub(r"\1", markdown)  # the second word of a fence is for tests/test_docs.py
 

@@ -6,14 +6,17 @@ Every argument of a stage function is a key of its `--config` YAML file, and eve
 """
 
 import errno
+import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from modern_llm.config import PipelineConfig, UserError
@@ -28,10 +31,12 @@ from modern_llm.config.commands import (
     PlanArguments,
     PretrainArguments,
     ReplayArguments,
+    SchemaArguments,
     SFTArguments,
     TokenizerArguments,
     VerifyArguments,
     as_pipeline,
+    command_of_file,
     kind_of_file,
 )
 from modern_llm.config.io import json_schema, read_yaml
@@ -68,17 +73,21 @@ def parse(kind: type[Arguments], command: str, words: list[str]) -> Arguments:
     Raises:
         UserError: one line for each problem.
     """
-    words = [_as_option(word) for word in words]
-    config_path, words = _take_config(words)
-    if {"-h", "--help"} & set(words):
-        print("--config FILE holds any of these options as YAML; an option goes over the file.\n")
+    words, options, config_path = [_as_option(word) for word in words], _options(kind), None
+    if options:
+        config_path, words = _take("--config", words)
+        if {"-h", "--help"} & set(words):
+            print("--config FILE holds any of these options as YAML; an option goes over the file.\n")
     settings = type("Settings", (BaseSettings, kind), {"model_config": _cli_settings(command)})
     try:
-        source = CliSettingsSource(settings, cli_parse_args=words)
+        source = CliSettingsSource(settings, cli_parse_args=_spelled_out(words, options))
         given = source()
     except SettingsError as error:
-        raise UserError(_unknown_option(kind, str(error))) from None
+        raise UserError(_complaint(options, str(error))) from None
     content = {} if config_path is None else read_yaml(config_path)
+    if other := command_of_file(content, kind):
+        place = "" if other == "run" else "--config "
+        raise UserError(f"{config_path}: a file for modern-llm {other} {place}{config_path}, not for {command.split()[0]}")
     try:
         return kind.model_validate(_merge(content, given))
     except ValidationError as error:
@@ -106,48 +115,89 @@ def _as_option(word: str) -> str:
     return word
 
 
-def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
-    """The value of `--config`, and the other words."""
-    for n, word in enumerate(words):
-        if word.startswith("--config="):
-            return word.removeprefix("--config="), words[:n] + words[n + 1 :]
-        if word == "--config":
-            if n + 1 == len(words):
-                raise UserError("--config: give the path of a YAML file")
-            return words[n + 1], words[:n] + words[n + 2 :]
-    return None, words
+def _take(option: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of `--config` or `--dry-run`, and the other words; a switch that stands alone is `true`."""
+    value, others, rest = None, [], list(words)
+    while rest:
+        word, equals, given = rest.pop(0).partition("=")
+        if word != option:
+            others.append(word + equals + given)
+            continue
+        if value is not None:
+            raise UserError(f"{option}: give it once")
+        if equals:
+            value = given
+        elif option == "--dry-run":
+            value = rest.pop(0) if rest and rest[0] in ("true", "false") else "true"
+        elif rest:
+            value = rest.pop(0)
+        else:
+            raise UserError(f"{option}: give the path of a YAML file")
+    return value, others
+
+
+def _spelled_out(words: list[str], options: dict[str, FieldInfo]) -> list[str]:
+    """Switches that stand alone as `--fit=true`; no mapping (`null`) as the empty one."""
+    found = []
+    for word, after in zip(words, [*words, "--"][1:], strict=True):
+        option, _, value = word.partition("=")
+        if word in options and options[word].annotation is bool and after.startswith("-"):
+            word += "=true"
+        elif option in options and _is_mapping(options[option]) and value == "null":
+            word = f"{option}={{}}"
+        elif word == "null" and found and found[-1] in options and _is_mapping(options[found[-1]]):
+            word = "{}"
+        found.append(word)
+    return found
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mapping by mapping."""
+    """`over` laid over `base`, mapping by mapping; an empty mapping takes the place of a whole one."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+        merged[key] = _merge(below, value) if isinstance(value, dict) and value and isinstance(below, dict) else value
     return merged
 
 
-def _unknown_option(kind: type[BaseModel], message: str) -> str:
-    """argparse's complaint with the nearest option that exists."""
+def _complaint(options: dict[str, FieldInfo], message: str) -> str:
+    """What the parser says against the words, with what to write."""
     message = message.removeprefix("error parsing CLI: ")
+    if found := re.match(r"argument (\S+): expected one argument", message):
+        return f"{found[1]}: give a value"
+    if found := re.match(r"Parsing error encountered for (\S+): ", message):
+        option = "--" + found[1].replace("_", "-")
+        field = options.get(option)
+        if field is None or not _is_mapping(field):
+            return f"{option}: {message.removeprefix(found[0])}"
+        return f"{option}: give a JSON object, such as {option} '{json.dumps((field.examples or [{}])[0])}', or null for none"
     head = "unrecognized arguments: "
     if not message.startswith(head):
         return message
     word = message.removeprefix(head).split()[0]
     if not word.startswith("--"):
-        return f"unexpected word '{word}': options are --name VALUE or name=VALUE"
-    return f"unknown option '{word.split('=')[0]}'{did_you_mean(word.split('=')[0], _options(kind))}"
+        how = f"a file is given as --config {word}" if word.endswith(".yaml") else "options are --name VALUE or name=VALUE"
+        return f"unexpected word '{word}'" + (f": {how}" if options else "")
+    name = word.split("=")[0]
+    return f"unknown option '{name}'{did_you_mean(name, [*options, '--config']) if options else ': there are none'}"
 
 
-def _options(kind: type[BaseModel], prefix: str = "--") -> list[str]:
-    """Every option of a config class, nested ones with a dot."""
-    names = ["--config"] if prefix == "--" else []
+def _is_mapping(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is dict
+
+
+def _options(kind: type[BaseModel], prefix: str = "--") -> dict[str, FieldInfo]:
+    """Every option of a config class, nested ones with a dot, and its field."""
+    found: dict[str, FieldInfo] = {}
     for name, field in kind.model_fields.items():
         option = prefix + (field.alias or name).replace("_", "-")
         members: list[Any] = [field.annotation, *get_args(field.annotation)]
         inner = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-        names += [option] if not inner else [o for model in inner for o in _options(model, option + ".")]
-    return names
+        for model in inner:
+            found |= _options(model, option + ".")
+        if not inner:
+            found[option] = field
+    return found
 
 
 def _pretrain(words: list[str]) -> None:
@@ -173,13 +223,19 @@ def _dpo(words: list[str]) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if words and not words[0].startswith("-") and "=" not in words[0]:
+    dry_run, words = _take("--dry-run", [_as_option(word) for word in words])
+    if dry_run not in (None, "true", "false"):
+        raise UserError(f"--dry-run: must be true or false (got {shown(dry_run)})")
+    if not words:
+        raise UserError("run: give the file first, e.g. modern-llm run configs/quickstart.yaml")
+    if _is_name(words[0]):
         words = ["--config", *words]
-    only_plan = "--dry-run" in words
-    config = parse(PipelineConfig, "run", [word for word in words if word != "--dry-run"])
+    elif {"-h", "--help"} & set(words):
+        print("--dry-run says what would run, and why, and runs nothing.")
+    config = parse(PipelineConfig, "run FILE [--dry-run]", words)
     from modern_llm.pipeline import plan_pipeline, run_pipeline
 
-    if only_plan:
+    if dry_run == "true":
         print(*plan_pipeline(config), sep="\n")
     else:
         run_pipeline(config)
@@ -207,11 +263,16 @@ def _file_first(command: str, words: list[str], kind: type[BaseModel], example: 
     Raises:
         UserError: there is none.
     """
-    if words and not words[0].startswith("-") and "=" not in words[0]:
+    if words and _is_name(words[0]):
         return words[0]
     if {"-h", "--help"} & set(words):
         parse(kind, f"{command} {what.upper()}", words)
     raise UserError(f"{command}: give the {what} first, e.g. modern-llm {command} {example}")
+
+
+def _is_name(word: str) -> bool:
+    """Whether a word names a file, a folder or the like, and is no option."""
+    return not word.startswith("-") and "=" not in word
 
 
 def _inspect(words: list[str]) -> None:
@@ -233,7 +294,7 @@ def _compare_losses(words: list[str]) -> None:
 
 
 def _plan(words: list[str]) -> None:
-    file = _file_first("plan", words, PlanArguments, "configs/quickstart.yaml --fit true")
+    file = _file_first("plan", words, PlanArguments, "configs/quickstart.yaml --fit")
     config = parse(kind_of_file(read_yaml(file)), "plan", ["--config", file])
     a = parse(PlanArguments, "plan FILE", words[1:])
     from modern_llm.report.plan import plan
@@ -258,12 +319,13 @@ def _verify(words: list[str]) -> None:
 
 
 def _diff(words: list[str]) -> None:
-    first = _file_first("diff", words, DiffArguments, "runs/a/sft_final runs/b/sft_final", "checkpoint")
-    second = _file_first("diff", words[1:], DiffArguments, "runs/a/sft_final runs/b/sft_final", "second checkpoint")
-    parse(DiffArguments, "diff CHECKPOINT CHECKPOINT", words[2:])
+    named = [Path(word) for word in words[:2] if _is_name(word)]
+    parse(DiffArguments, "diff CHECKPOINT CHECKPOINT", words[len(named) :])
+    if len(named) < 2:
+        raise UserError("diff: give two checkpoints, e.g. modern-llm diff runs/a/sft_final runs/b/sft_final")
     from modern_llm.lineage import explain_difference
 
-    print(*explain_difference(Path(first), Path(second)), sep="\n")
+    print(*explain_difference(*named), sep="\n")
 
 
 def _replay(words: list[str]) -> None:
@@ -277,6 +339,7 @@ def _replay(words: list[str]) -> None:
 
 
 def _schema(words: list[str]) -> None:
+    parse(SchemaArguments, "schema", words)
     print(json_schema(PipelineConfig))
 
 

@@ -175,7 +175,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("report_to: tensorboard is not installed: pip install 'modern-llm[trackers]'") from None
+            raise UserError(
+                "report_to: tensorboard is not installed: pip install -e '.[trackers]' in the repository's folder"
+            ) from None
         purge = start_step + 1 if start_step else None  # what a stopped run wrote after the step it resumes from
         self.writer = SummaryWriter(str(output_dir / "tensorboard" / run_name), purge_step=purge)
 
@@ -194,7 +196,9 @@ class _WandB:
         try:
             import wandb
         except ImportError:
-            raise UserError("report_to: wandb is not installed: pip install 'modern-llm[trackers]'") from None
+            raise UserError(
+                "report_to: wandb is not installed: pip install -e '.[trackers]' in the repository's folder"
+            ) from None
         # by itself it would send the command line, the code's address and diff, and all that is printed
         numbers_only = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
         self.run = wandb.init(

@@ -86,7 +86,9 @@ def plan_pipeline(pipeline_config: PipelineConfig) -> list[Decision]:
     found: list[Decision] = []
     for stage in pipeline_config.stages():
         if found and found[-1].action != "reuse":
-            found.append(Decision(stage, "train", f"{found[-1].stage} runs first; if it ends as before, this is reused"))
+            first = found[-1].stage
+            why = f"{first} runs first; a result that is there is reused if {first} ends as before"
+            found.append(Decision(stage, "train", why))
             continue
         found.append(_decide(pipeline_config, stage, start))
         start = found[-1].found

@@ -10,6 +10,8 @@ from helpers import write_jsonl
 
 from modern_llm import cli
 from modern_llm.checkpoint import read_manifest
+from modern_llm.config import PipelineConfig
+from modern_llm.config.commands import PlanArguments
 
 TINY = "{batch_size: 2, max_steps: 2, log_every: 1}"
 
@@ -87,7 +89,28 @@ WRONG = [
     (["dpo", "--dpo-config.beta", "0.1"], "sft_checkpoint: is required"),
     (["rum"], "unknown command 'rum'; did you mean 'run'?"),
     (["run", "missing.yaml"], "missing.yaml: cannot be read"),
-    (["run"], "nothing to do"),
+    (["run"], "run: give the file first, e.g. modern-llm run configs/quickstart.yaml"),
+    (["run", "--dry-run"], "run: give the file first"),
+    (["run", "x.yaml", "--dry-run=maybe"], "--dry-run: must be true or false (got 'maybe')"),
+    (["run", "x.yaml", "--config", "y.yaml"], "--config: give it once"),
+    (["run", "seed=1"], "nothing to do"),
+    (["run", "seed"], "seed: cannot be read"),
+    (["run", "--seed"], "--seed: give a value"),
+    (["pretrain", "pretrain.yaml"], "unexpected word 'pretrain.yaml': a file is given as --config pretrain.yaml"),
+    (["diff", "a"], "diff: give two checkpoints, e.g. modern-llm diff runs/a/sft_final runs/b/sft_final"),
+    (["diff", "a", "b", "--rows", "2"], "unknown option '--rows': there are none"),
+    (["verify", "a", "--config", "x.yaml"], "unknown option '--config': there are none"),
+    (["schema", "pipeline"], "unexpected word 'pipeline'"),
+    (
+        ["run", "gates=foo"],
+        """--gates: give a JSON object, such as --gates '{"sft": {"right_answers": ">= 0.8"}}', or null for none""",
+    ),
+    (["run", '--gates={"sft": 3'], "--gates: give a JSON object"),
+    (
+        ["pretrain", "--train-config.learning-rates", "foo"],
+        "give a JSON object, such as --train-config.learning-rates '{\"embeddings\": 0.003}', or null for none",
+    ),
+    (["dpo", "--sft-checkpoint", "x", "train_config.z_loss=1e-4"], "z_loss belongs to pretraining and SFT: leave it out"),
     (["pretrain", "--model-config.d-model", "30", "--model-config.n-heads", "4"], "d_model=30 is not a multiple of n_heads=4"),
     (["pretrain", "train_config.batch_size=6", "train_config.micro_batch_size=4"], "batch_size=6 is not a multiple"),
     (
@@ -110,6 +133,105 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     assert err.startswith("error: ")
     assert out == ""
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+STAGE_FILES = {
+    "pretrain": "{model_config: {d_model: 32, n_heads: 4}, train_config: {dataset_name: x}}",
+    "sft": "{pretrain_checkpoint: m, train_config: {dataset_name: x}}",
+    "dpo": "{sft_checkpoint: m, train_config: {dataset_name: x}}",
+}
+
+
+@pytest.mark.parametrize("stage", STAGE_FILES)
+def test_a_file_for_another_command_is_answered_with_that_command(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("stage.yaml").write_text(STAGE_FILES[stage], encoding="utf-8")
+    Path("whole.yaml").write_text("{start_checkpoint: m, sft: {data: {dataset_name: x}}}", encoding="utf-8")
+    for words in (["run", "stage.yaml"], ["inspect", "stage.yaml"]):
+        assert run(monkeypatch, *words) == 2
+        assert (
+            capsys.readouterr().err
+            == f"error: stage.yaml: a file for modern-llm {stage} --config stage.yaml, not for {words[0]}\n"
+        )
+    for words in ([stage, "--config", "whole.yaml"], ["compare-losses", "whole.yaml"]):
+        assert run(monkeypatch, *words) == 2
+        assert capsys.readouterr().err == f"error: whole.yaml: a file for modern-llm run whole.yaml, not for {words[0]}\n"
+
+
+def test_a_file_without_its_checkpoint_is_not_taken_for_another(tmp_path: Path, monkeypatch, capsys) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("{train_config: {dataset_name: missing.jsonl}}", encoding="utf-8")
+    assert run(monkeypatch, "sft", "--config", str(file), "--pretrain-checkpoint", "nowhere") == 2
+    assert "pretrain_checkpoint='nowhere'" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_key_is_answered_with_the_keys_alone(tmp_path: Path, monkeypatch, capsys) -> None:
+    file = tmp_path / "pretrain.yaml"
+    file.write_text("{model: {d_model: 32}, train_config: {dataset_name: x}}", encoding="utf-8")
+    assert run(monkeypatch, "pretrain", "--config", str(file)) == 2
+    said = capsys.readouterr().err
+    assert "unknown field 'model' in PretrainArguments; known are: dataset_config, model_config, tokenizer_name" in said
+
+
+@pytest.mark.parametrize("nothing", ["null", "{}"])
+def test_nothing_takes_the_place_of_a_files_mapping(nothing: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    data = "data: {dataset_name: x}, train: {learning_rates: {embeddings: 1.0}}"
+    file.write_text(f"{{start_checkpoint: m, sft: {{{data}}}, gates: {{sft: {{perplexity: '< 9'}}}}}}", encoding="utf-8")
+    for words in ([f"gates={nothing}"], ["--gates", nothing]):
+        found = cli.parse(PipelineConfig, "run", ["--config", str(file), *words, f"--sft.train.learning-rates={nothing}"])
+        assert found.gates == {}
+        assert found.sft is not None
+        assert found.sft.train.learning_rates == {}
+    laid_over = cli.parse(PipelineConfig, "run", ["--config", str(file), "--sft.train.learning-rates", '{"vectors": 2}'])
+    assert laid_over.sft is not None
+    assert laid_over.sft.train.learning_rates == {"embeddings": 1.0, "vectors": 2.0}
+
+
+def test_a_switch_may_stand_alone(tmp_path: Path) -> None:
+    for words in (
+        ["--fit", "--ranks", "2"],
+        ["--ranks", "2", "--fit"],
+        ["fit=true", "ranks=2"],
+        ["--fit", "true", "--ranks=2"],
+    ):
+        found = cli.parse(PlanArguments, "plan FILE", words)
+        assert (found.fit, found.no_measure, found.ranks) == (True, False, 2)
+
+
+@pytest.mark.parametrize(
+    "words", [["FILE", "--dry-run"], ["--dry-run", "FILE"], ["FILE", "--dry-run", "true"], ["FILE", "dry_run=true"]]
+)
+def test_a_dry_run_says_what_would_run_and_leaves_nothing_behind(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    data = "data: {dataset_name: 'builtin:village', max_rows: 4}"
+    file.write_text(f"{{output_dir: {tmp_path / 'out'}, pretrain: {{{data}}}, sft: {{{data}}}}}", encoding="utf-8")
+    assert run(monkeypatch, "run", *(word.replace("FILE", str(file)) for word in words)) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("pretrain: train")
+    assert second == "sft: train: pretrain runs first; a result that is there is reused if pretrain ends as before"
+    assert not (tmp_path / "out").exists()
+
+
+USAGES = {
+    "run": "run FILE [--dry-run]",
+    "diff": "diff CHECKPOINT CHECKPOINT",
+    "verify": "verify CHECKPOINT",
+    "schema": "schema",
+}
+
+
+@pytest.mark.parametrize("command", USAGES)
+def test_help_shows_what_a_command_takes_and_no_more(command: str, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"usage: modern-llm {USAGES[command]} [-h]" in shown
+    assert ("--config FILE" in shown) == (command == "run")
+    assert ("--dry-run" in shown) == (command == "run")
 
 
 def test_an_unknown_key_of_a_file_is_named_with_the_file(

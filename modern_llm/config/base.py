@@ -36,7 +36,7 @@ class StrictModel(BaseModel):
     @classmethod
     def _name_the_nearest_field(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            known = {field.alias or name for name, field in cls.model_fields.items()} | set(cls.model_fields)
+            known = {field.alias or name for name, field in cls.model_fields.items()}
             for key in values:
                 if key not in known:
                     raise ValueError(f"unknown field '{key}' in {cls.__name__}{did_you_mean(str(key), known)}")

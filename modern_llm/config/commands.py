@@ -84,6 +84,10 @@ class DiffArguments(StrictModel):
     """Why two checkpoints differ."""
 
 
+class SchemaArguments(StrictModel):
+    """The JSON Schema of a pipeline file."""
+
+
 class ReplayArguments(StrictModel):
     """A batch that was skipped, run again."""
 
@@ -142,6 +146,18 @@ def kind_of_file(content: dict[str, Any]) -> type[BaseModel]:
     if "pretrain_checkpoint" in content:
         return SFTArguments
     return PretrainArguments if content.keys() & {"model_config", "train_config", "dataset_config"} else PipelineConfig
+
+
+def command_of_file(content: dict[str, Any], wanted: type[BaseModel]) -> str | None:
+    """The command that a file is for, where it is another than the one that reads `wanted`; by keys that only it knows."""
+    commands = {PipelineConfig: "run", PretrainArguments: "pretrain", SFTArguments: "sft", DPOArguments: "dpo"}
+    kind = kind_of_file(content)
+    its_own = content.keys() & ({"pretrain", "sft", "dpo", "start_checkpoint"} if kind is PipelineConfig else _keys(kind))
+    return commands[kind] if wanted in commands and kind is not wanted and its_own - _keys(wanted) else None
+
+
+def _keys(kind: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in kind.model_fields.items()}
 
 
 def as_pipeline(arguments: BaseModel) -> PipelineConfig:

@@ -39,11 +39,12 @@ class DatasetConfig(StrictModel):
     """What every kind of data set shares: where rows come from and which of them are held out."""
 
     dataset_name: str | dict[str, PositiveFloat | SourceConfig]
-    """A Hugging Face hub id; a local `.jsonl`, `.json`, `.csv`, `.parquet` or `.txt` file (each also `.gz` or `.zst`), a folder
+    """A Hugging Face hub id; a local `.jsonl`, `.json`, `.csv`, `.txt` (each also `.gz` or `.zst`) or `.parquet` file, a folder
     or a glob of them (`data/*.jsonl`); a folder saved by `datasets`; or `builtin:village`. Several: `{name: weight}`, where an
     epoch goes `weight` times through each, or `{name: {weight: 0.5, split: …}}`."""
     split: str = "train"
-    """Which split to train on; slices such as `train[:5%]` work everywhere. Local files have the one split `train`."""
+    """Which split to train on; slices such as `train[:5%]` work everywhere. A local file has the one split `train`; the
+    files of a folder or glob have those that their names say (`train`, `validation`, `test`)."""
     dataset_config_name: str | None = None
     """Name of the hub data set's configuration (its subset), where it has several."""
     max_rows: PositiveInt | None = None

@@ -13,7 +13,7 @@ from modern_llm.config.base import StrictModel
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.model import ModelConfig
-from modern_llm.config.training import Stage, TrainingConfig
+from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage, TrainingConfig
 
 
 class PretrainStageConfig(StrictModel):
@@ -86,7 +86,7 @@ class PipelineConfig(StrictModel):
     """Preference training."""
     evaluation: EvaluationConfig = Field(default=EvaluationConfig())
     """What is measured after each stage."""
-    gates: dict[Stage, dict[Metric, str]] = Field(default={})
+    gates: dict[Stage, dict[Metric, str]] = Field(default={}, examples=[{"sft": {"right_answers": ">= 0.8"}}])
     """Limits that a stage's metrics must keep, such as `{sft: {right_answers: ">= 0.8"}}` (shares are from 0 to 1). A miss
     stops the pipeline before the next stage, with exit code 3."""
     max_minutes: PositiveFloat | None = None
@@ -114,6 +114,8 @@ class PipelineConfig(StrictModel):
             raise ValueError("nothing to do: give at least one of pretrain, sft, dpo")
         if (self.pretrain is None) == (self.start_checkpoint is None):
             raise ValueError("give either pretrain or start_checkpoint: the first stage starts from exactly one of them")
+        if self.dpo is not None and self.dpo.train.z_loss:  # refused before the first stage, not hours later
+            raise ValueError(f"dpo.train.{Z_LOSS_OF_PAIRS}")
         stages = self.stages()
         for stage in self.gates:
             if stage not in stages:

@@ -36,6 +36,10 @@ NO_EFFECT = (
 """Fields that cannot change a result: where a run is written, how it reports, when it saves, evaluates or stops."""
 
 
+Z_LOSS_OF_PAIRS = "z_loss belongs to pretraining and SFT: leave it out"
+"""Why preference training refuses it: it would have no effect there."""
+
+
 class TrainingConfig(StrictModel):
     """Settings shared by the three stages. A field that is None gets the stage's default from `resolve`."""
 
@@ -71,7 +75,7 @@ class TrainingConfig(StrictModel):
     """Peak learning rate (of the AdamW part, with `muon`)."""
     muon_learning_rate: PositiveFloat | None = None
     """Peak learning rate of the matrices that Muon trains. None: 0.02."""
-    learning_rates: dict[ParameterGroup, PositiveFloat] = Field(default={})
+    learning_rates: dict[ParameterGroup, PositiveFloat] = Field(default={}, examples=[{"embeddings": 3e-3}])
     """Peak learning rates in place of `learning_rate` for groups of parameters: `embeddings` (with a tied output projection),
     `head` (an untied one), `vectors` (norms, biases), `matrices` (with `muon`: `muon_learning_rate`), `experts`."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -93,7 +97,7 @@ class TrainingConfig(StrictModel):
     (arXiv 2204.02311). The logged loss leaves it out; `z_loss` beside it is what it adds."""
     balance_loss: NonNegativeFloat = 0.0
     """Weight of the loss that spreads the tokens of each example evenly over the experts of a layer (mixture-of-experts models:
-    `qwen3_moe`, `gpt_oss`). 0: none."""
+    `qwen3_moe`, `gpt_oss`, and checkpoints of `mixtral`, `olmoe` and `qwen2_moe`). 0: none."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] | None = None
     """Shape of the learning rate after warmup. `wsd` (warmup, stable, decay): constant, and over the last `decay_ratio` of the
     steps down by 1 − √."""
@@ -138,12 +142,15 @@ class TrainingConfig(StrictModel):
     """A periodic checkpoint (or a line of `metrics.jsonl`) that cannot be written, as on a full disk: `stop` ends the run, with
     exit code 74; `warn` says so loudly and goes on. A final checkpoint that cannot be written is always an error."""
     report_to: tuple[Tracker, ...] = ()
-    """Trackers besides `metrics.jsonl` and the console; need `pip install modern-llm[trackers]`."""
+    """Trackers besides `metrics.jsonl` and the console; need `pip install -e '.[trackers]'` in the repository's folder."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_steps is not None and self.num_epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and num_epochs={self.num_epochs} both set the length: give one")
+            raise ValueError(
+                f"max_steps={self.max_steps} and num_epochs={self.num_epochs} both set the length: give one, and set the other "
+                f"to null (num_epochs: null)"
+            )
         if self.max_steps is not None and self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} exceeds max_steps={self.max_steps}")
         if self.micro_batch_tokens is not None and (self.micro_batch_size or self.gradient_accumulation_steps):

@@ -24,7 +24,7 @@ def document_ids(encoder: TextEncoder, ids: np.ndarray) -> np.ndarray:
 def document_text(row: Row, field: str, bad: BadRows) -> str | None:
     """The text of a row; None if it has none and bad rows are skipped."""
     try:
-        return text_column(row.values, field)
+        return text_column(row.values, field, "set text_field to the column that holds the document")
     except RowError as error:
         bad(f"{row.place}: {error}")
         return None

@@ -70,15 +70,25 @@ def checked_text(value: Any, place: str) -> str:
     return value
 
 
-def text_column(row: Row, name: str) -> str:
+def text_column(row: Row, name: str, remedy: str = "") -> str:
     """The text of a column.
+
+    Args:
+        row: of a data set.
+        name: the column.
+        remedy: what to do where it is missing.
 
     Raises:
         RowError: the column is missing or holds something else.
     """
+    return checked_text(value_of(row, name, remedy), f"column '{name}'")
+
+
+def value_of(row: Row, name: str, remedy: str = "") -> Any:
+    """What a column holds. Raises `RowError`, with the remedy, where it is missing."""
     if name not in row:
-        raise RowError(f"no column '{name}' (columns: {column_names(row)})")
-    return checked_text(row[name], f"column '{name}'")
+        raise RowError(f"no column '{name}' (columns: {column_names(row)})" + (f": {remedy}" if remedy else ""))
+    return row[name]
 
 
 def checked_list(value: Any, place: str, what: str) -> list[Any]:
@@ -102,10 +112,10 @@ def optional_text(row: Row, names: Sequence[str]) -> str:
     return next((text for text in texts if text.strip()), "")
 
 
-def asked_text(row: Row, column: str, material: Sequence[str] = ()) -> str:
+def asked_text(row: Row, name: str, material: Sequence[str] = (), remedy: str = "") -> str:
     """The user's words: a column and, below it after a blank line, the columns with what it speaks about."""
-    texts = [optional_text(row, [name]) for name in material]
-    return "\n\n".join([text_column(row, column), *filter(None, texts)])
+    texts = [optional_text(row, [more]) for more in material]
+    return "\n\n".join([text_column(row, name, remedy), *filter(None, texts)])
 
 
 def system_turn(row: Row) -> list[Message]:
@@ -148,9 +158,7 @@ def read_messages(value: Any, place: str) -> list[Message]:
 
 def messages_column(row: Row, name: str) -> list[Message]:
     """The messages of a column. Raises `RowError`."""
-    if name not in row:
-        raise RowError(f"no column '{name}' (columns: {column_names(row)})")
-    return read_messages(row[name], f"column '{name}'")
+    return read_messages(value_of(row, name), f"column '{name}'")
 
 
 def with_system(row: Row, messages: list[Message]) -> list[Message]:

@@ -29,6 +29,7 @@ from modern_llm.data.messages import (
     read_messages,
     system_turn,
     text_column,
+    value_of,
     with_system,
 )
 
@@ -101,7 +102,7 @@ def adapt_prompt_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | st
     """
     column = config.prompt_field or first_present(row, PROMPT_COLUMNS)
     prompt, is_dialogue = ([], False) if column is None else _prompt(row, column, config)
-    chosen, rejected = (_side(row, side, is_dialogue) for side in (config.chosen_field, config.rejected_field))
+    chosen, rejected = (_side(row, name, remedy, is_dialogue) for name, remedy in _sides(config))
     if column is None and not _has_sides(row, config, list):
         raise RowError(f"no prompt: there is none of the columns {', '.join(PROMPT_COLUMNS)}: set prompt_field")
     if config.min_score_ratio > 0 and {"score_chosen", "score_rejected"} <= row.keys():
@@ -117,8 +118,8 @@ def adapt_hh(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
     The prompt is everything up to the last `Assistant:`. Its turns of one speaker in a row are joined by a blank line.
     """
     sides = []
-    for name in (config.chosen_field, config.rejected_field):
-        turns = dialogue(text_column(row, name))
+    for name, remedy in _sides(config):
+        turns = dialogue(text_column(row, name, remedy))
         if turns is None:
             raise RowError(
                 f"no prompt: column '{name}' is no 'Human:'/'Assistant:' dialogue and there is none of the columns "
@@ -135,7 +136,7 @@ def adapt_sharegpt_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | 
     """
     column = _conversation_column(row, config) or "conversations"
     prompt = merged(from_first_question(with_system(row, messages_column(row, column))))
-    chosen, rejected = (_side(row, name) for name in (config.chosen_field, config.rejected_field))
+    chosen, rejected = (_side(row, name, remedy) for name, remedy in _sides(config))
     return _pair(_whole(prompt, chosen, row), _whole(prompt, rejected, row))
 
 
@@ -240,18 +241,23 @@ def _prompt(row: Row, column: str, config: PreferenceDatasetConfig) -> tuple[lis
     if isinstance(row.get(column), list):
         return with_system(row, messages_column(row, column)), False
     material = MATERIAL_COLUMNS.get(column, ()) if config.prompt_field is None else ("input",) * (column == "instruction")
-    text = asked_text(row, column, material)
+    text = asked_text(row, column, material, "set prompt_field to the column of the prompt")
     turns = dialogue(text)
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         return [*system_turn(row), *merged(turns[:-1])], True
     return [*system_turn(row), *_user(text)], False
 
 
-def _side(row: Row, name: str, strip: bool = False) -> list[Message]:
+def _sides(config: PreferenceDatasetConfig) -> list[tuple[str, str]]:
+    """The columns of the better and of the worse answer, each with what to do where it is missing."""
+    named = {"chosen_field": config.chosen_field, "rejected_field": config.rejected_field}
+    answers = {"chosen_field": "better", "rejected_field": "worse"}
+    return [(name, f"set {field} to the column of the {answers[field]} answer") for field, name in named.items()]
+
+
+def _side(row: Row, name: str, remedy: str, strip: bool = False) -> list[Message]:
     """The turns of one side, its answer last."""
-    if name not in row:
-        raise RowError(f"no column '{name}' (columns: {column_names(row)})")
-    value, place = row[name], f"column '{name}'"
+    value, place = value_of(row, name, remedy), f"column '{name}'"
     if isinstance(value, Mapping):
         return [read_message(value, place)]
     if isinstance(value, list):

@@ -47,7 +47,7 @@ class BadRows:
             UserError: bad rows are not to be skipped.
         """
         if not self.skip:
-            raise UserError(f"{message} (on_bad_row: skip leaves such rows out)")
+            raise UserError(f"{message} (if only some rows are like this, on_bad_row: skip leaves them out)")
         self.count += 1
 
 

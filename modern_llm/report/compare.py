@@ -197,7 +197,7 @@ def plot(path: Path, curves: dict[str, list[list[tuple[int, float]]]], shorter_w
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("compare-losses draws with matplotlib: pip install 'modern-llm[plots]'") from None
+        raise UserError("compare-losses draws with matplotlib: pip install -e '.[plots]' in the repository's folder") from None
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for number, (loss, seeds) in enumerate(curves.items()):

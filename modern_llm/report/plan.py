@@ -75,7 +75,7 @@ class StagePlan:
     ways_out: dict[str, int]
     """Where it does not fit: setting → the bytes it would come to."""
     disk: Bytes
-    """Part → bytes that checkpoints leave behind."""
+    """Part → bytes that checkpoints take where most of them are there."""
     seconds: dict[str, float]
     """Part → expected seconds; empty where nothing was measured."""
     mfu: float | None
@@ -325,14 +325,16 @@ class _Planner:
         return {setting: self._peak(changed, correction) for setting, changed in found.items()}
 
     def _disk(self, rehearsed: Rehearsed | None) -> Bytes:
-        """What checkpoints take: weights (of adapters, only theirs), and where a run can be resumed its training state."""
+        """What checkpoints take at most: weights (of adapters, only theirs), and, to resume from, the training state."""
         held = self._estimate(self.config).held
         final = 4 * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         final = held["weights"] if self.config.adapter is None else final
         if rehearsed is not None:
             final = rehearsed.checkpoint_bytes
-        periodic = self._periodic_checkpoints() * (final + held["optimizer"] + held["average"])
-        return {"final": final, "periodic": periodic}
+        there = self._periodic_checkpoints()
+        if self.config.keep_checkpoints is not None:
+            there = min(there, self.config.keep_checkpoints + 1)  # the oldest goes when the new one is whole
+        return {"final": final, "periodic": there * (final + held["optimizer"] + held["average"])}
 
     def _seconds(self, rehearsed: Rehearsed) -> dict[str, float]:
         """Part → seconds. A pass without gradient takes a third of one with it."""

@@ -39,7 +39,10 @@ def show(plan: Plan, as_json: bool, console: Console | None = None) -> None:
         highlight=False,
     )
     if plan.disk_bytes > plan.disk_free_bytes:
-        console.print("[bold red]the disk is too small[/bold red]: raise save_every", highlight=False)
+        console.print(
+            "[bold red]the disk is too small[/bold red]: set keep_checkpoints (for example 2), or raise save_every",
+            highlight=False,
+        )
 
 
 def lines(stage: StagePlan, ranks: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from modern_llm.checkpoint import DamagedError, load_state, verify
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.io import plain
-from modern_llm.config.training import Stage
+from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
 from modern_llm.exit_codes import Stopped, StorageError
@@ -48,10 +48,12 @@ def check_early(stage: Stage, config: TrainingConfig) -> None:
     """Refuse what can be refused before anything is loaded.
 
     Raises:
-        UserError: the batch arithmetic is wrong, adapters on random weights, or the run's folder is a file.
+        UserError: the batch arithmetic is wrong, adapters on random weights, a z-loss of pairs, or the run's folder is a file.
     """
     if stage == "pretrain" and config.adapter is not None:
         raise UserError("adapter leaves the weights as they are, and in pretraining they are random: leave it out")
+    if stage == "dpo" and config.z_loss:
+        raise UserError(Z_LOSS_OF_PAIRS)
     resolved = resolve(config, stage, distributed.world_size())
     assert resolved.output_dir is not None
     if resolved.output_dir.exists() and not resolved.output_dir.is_dir():

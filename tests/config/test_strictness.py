@@ -160,6 +160,11 @@ DATA = {"dataset_name": "a.jsonl"}
         (PreferenceDatasetConfig, {**DATA, "eval_fraction": 1.0}, "eval_fraction"),
         (PipelineConfig, {"start_checkpoint": "m"}, "nothing to do"),
         (PipelineConfig, {"sft": {"data": DATA}}, "give either pretrain or start_checkpoint"),
+        (
+            PipelineConfig,
+            {"start_checkpoint": "m", "dpo": {"data": DATA, "train": {"z_loss": 1e-4}}},
+            "dpo.train.z_loss belongs to pretraining and SFT: leave it out",
+        ),
         (PipelineConfig, {"pretrain": {"data": DATA}, "start_checkpoint": "m"}, "give either pretrain or start_checkpoint"),
     ],
 )

@@ -415,10 +415,19 @@ def test_a_wrong_row_says_in_which_column(row, error) -> None:
 
 
 def test_a_missing_named_column_is_named() -> None:
+    row = {"prompt": "Who?", **SIDES}
     assert (
-        refusal({"prompt": "Who?", **SIDES}, chosen_field="better") == "no column 'better' (columns: prompt, chosen, rejected)"
+        refusal(row, chosen_field="better")
+        == "no column 'better' (columns: prompt, chosen, rejected): set chosen_field to the column of the better answer"
     )
-    assert refusal(SIDES, prompt_field="query") == "no column 'query' (columns: chosen, rejected)"
+    assert refusal(row, rejected_field="worse").endswith("): set rejected_field to the column of the worse answer")
+    assert refusal({"chosen": "\n\nHuman: a\n\nAssistant: b"}, adapter="hh").endswith(
+        "no column 'rejected' (columns: chosen): set rejected_field to the column of the worse answer"
+    )
+    assert (
+        refusal(SIDES, prompt_field="query")
+        == "no column 'query' (columns: chosen, rejected): set prompt_field to the column of the prompt"
+    )
 
 
 def test_a_least_score_ratio_without_scores_is_refused() -> None:

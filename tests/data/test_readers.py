@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(tmp_path, name, conte
     with pytest.raises(UserError) as refused:
         texts(path, document_separator="---")
     assert str(refused.value).startswith(f"{path}{message}")
-    assert str(refused.value).endswith("(on_bad_row: skip leaves such rows out)")
+    assert str(refused.value).endswith("(if only some rows are like this, on_bad_row: skip leaves them out)")
 
 
 @pytest.mark.parametrize(

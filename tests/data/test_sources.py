@@ -397,7 +397,7 @@ def test_an_unknown_built_in_name_is_answered_with_the_one_there_is() -> None:
 # Bad rows: what each kind of data set says of them
 
 BAD_ROWS = [
-    ("text", [{"text": "a"}, {"txt": "b"}], ["line 2", "no column 'text'", "txt"]),
+    ("text", [{"text": "a"}, {"txt": "b"}], ["line 2", "no column 'text' (columns: txt): set text_field to the column"]),
     ("text", [{"text": 7}], ["line 1", "'text' must be text, not int"]),
     ("text", [{"text": None}], ["line 1", "'text' must be text, not NoneType"]),
     ("instructions", [{"prompt": "a", "completion": "b"}, {"question": "a"}], ["line 2", "question", "answer"]),
@@ -408,7 +408,7 @@ BAD_ROWS = [
     ("instructions", [{"messages": [{"role": "user", "content": None}]}], ["line 1", "'messages' message 0", "content"]),
     ("instructions", [{"messages": [{"role": ["user"], "content": "a"}]}], ["line 1", "'messages' message 0", "role"]),
     ("instructions", [{"messages": [{"role": "user", "content": "half \ud83d"}]}], ["line 1", "'messages' message 0"]),
-    ("preferences", [{"prompt": "a", "chosen": "b"}], ["line 1", "no column 'rejected'", "prompt, chosen"]),
+    ("preferences", [{"prompt": "a", "chosen": "b"}], ["line 1", "no column 'rejected' (columns: prompt, chosen): set r"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": 3}], ["line 1", "'rejected' must be text", "int"]),
     ("preferences", [{"prompt": "a", "chosen": "b", "rejected": None}], ["line 1", "'rejected' must be text", "NoneType"]),
     ("preferences", [{"prompt": "a", "chosen": [], "rejected": "b"}], ["line 1", "'chosen'", "empty"]),

@@ -3,6 +3,7 @@
 import io
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,24 @@ def test_parts_add_up_and_weights_gradients_and_state_are_those_of_the_parameter
     assert found.memory["weights"] >= 4 * numel  # and the few numbers of the positions
     assert found.seconds == {}
     assert found.not_measured
+
+
+def test_periodic_checkpoints_that_are_removed_take_no_disk_but_are_all_written(tmp_path: Path, start: Path) -> None:
+    (all_stay,) = plan(pipeline(tmp_path, start, max_steps=10, num_epochs=None, save_every=1), measure=False).stages
+    numel = all_stay.parameters
+    assert all_stay.disk["periodic"] == pytest.approx(9 * 12 * numel, rel=0.01)  # the last is the final one
+    for kept, there in ((2, 3), (8, 9), (20, 9)):  # the oldest goes when a newer one is whole
+        config = pipeline(tmp_path, start, max_steps=10, num_epochs=None, save_every=1, keep_checkpoints=kept)
+        (found,) = plan(config, measure=False).stages
+        assert found.disk["periodic"] == all_stay.disk["periodic"] // 9 * there
+        assert found.memory.get("checkpoint") == all_stay.memory.get("checkpoint")
+
+
+def test_a_disk_that_is_too_small_is_said_with_what_helps(tmp_path: Path, start: Path) -> None:
+    whole = replace(plan(pipeline(tmp_path, start), measure=False), disk_free_bytes=0)
+    file = io.StringIO()
+    show(whole, as_json=False, console=Console(file=file, width=200))
+    assert "the disk is too small: set keep_checkpoints (for example 2), or raise save_every" in file.getvalue()
 
 
 def test_adapters_train_and_save_only_themselves(tmp_path: Path, start: Path) -> None:

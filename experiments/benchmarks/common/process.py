@@ -17,6 +17,16 @@ DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 """Real data sets and tokenizers that are looked for beside the repository; they need not be there."""
 
 
+def say_inputs(data: Path | None, tokenizer: str) -> None:
+    """Print what a benchmark will measure with: other data and another tokenizer are another measurement.
+
+    Args:
+        data: the file. None: the built-in world.
+        tokenizer: its name, or in words what it is trained on.
+    """
+    print(f"data: {'builtin:village' if data is None else data}; tokenizer: {tokenizer}", flush=True)
+
+
 class SideFailed(SystemExit):
     """A side ended with an error."""
 

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from check import same_start, same_steps, same_tokens
 from common.flops import measured_limit
 from common.machine import circumstances, load_now
-from common.process import DATA
+from common.process import DATA, say_inputs
 from flops import needed
 from job import Job, Plan, run_side
 
@@ -60,8 +60,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true", help="also: both sides with low-rank adapters")
     parser.add_argument("--gpu", action="store_true", help="a 0.5B model on the first GPU")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and few words, to try the benchmark itself")
-    parser.add_argument("--pairs", type=Path, help="HH-RLHF as .jsonl or .jsonl.gz. Left out: the built-in world's pairs")
-    parser.add_argument("--tokenizer", help="folder or hub id. Left out: one trained on the built-in world")
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        help=f"HH-RLHF as .jsonl or .jsonl.gz. Left out: {PAIRS}, if it is there, else the built-in world's pairs",
+    )
+    parser.add_argument(
+        "--tokenizer", help=f"folder or hub id. Left out: {TOKENIZER}, if it is there, else one trained on the built-in world"
+    )
     parser.add_argument("--folder", type=Path, help="where to work, kept. Left out: a temporary folder")
     given = parser.parse_args()
     if given.quick:
@@ -231,6 +237,7 @@ def measure_lora(plan: Plan, job: Job, given: argparse.Namespace) -> dict[str, A
 
 def main() -> None:
     given = arguments()
+    say_inputs(given.pairs, given.tokenizer or "trained on the built-in world")
     load = load_now()
     folder = (given.folder or Path(tempfile.mkdtemp())).absolute()
     folder.mkdir(parents=True, exist_ok=True)

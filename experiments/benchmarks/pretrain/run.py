@@ -47,7 +47,7 @@ from common.compare import (
 from common.flops import measured_limit
 from common.job import Job, Precision
 from common.machine import circumstances, load_now
-from common.process import DATA, run_side
+from common.process import DATA, run_side, say_inputs
 from sizes import SIZES, Plan
 
 HERE = Path(__file__).resolve().parent
@@ -69,8 +69,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two steps, once")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and few words, to try the benchmark itself")
-    parser.add_argument("--text", type=Path, help="plain text. Left out: the built-in world's")
-    parser.add_argument("--tokenizer", help="folder or hub id. Left out: one trained on the text")
+    parser.add_argument("--text", type=Path, help=f"plain text. Left out: {TEXT}, if it is there, else the built-in world's")
+    parser.add_argument(
+        "--tokenizer", help=f"folder or hub id. Left out: {TOKENIZER}, if it is there, else one trained on the text"
+    )
     parser.add_argument("--folder", type=Path, help="where to work, kept. Left out: a temporary folder")
     given = parser.parse_args()
     given.steps = given.steps or (30 if given.gpu else 6)
@@ -147,6 +149,7 @@ def show(sizes: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     given = arguments()
+    say_inputs(given.text, given.tokenizer or "trained on the text")
     load = load_now()
     folder = (given.folder or Path(tempfile.mkdtemp())).absolute()
     try:

@@ -31,7 +31,7 @@ from common.compare import Sides, compare, needed_flops, peer_settings, same_sta
 from common.flops import measured_limit
 from common.job import Job
 from common.machine import circumstances, load_now
-from common.process import DATA, run_side
+from common.process import DATA, run_side, say_inputs
 from plan import MAX_LENGTH, Plan
 
 HERE = Path(__file__).resolve().parent
@@ -52,8 +52,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two steps, once")
     parser.add_argument("--gpu", action="store_true", help="a 0.5B model on the first GPU")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and few words, to try the benchmark itself")
-    parser.add_argument("--demonstrations", type=Path, help="GPTeacher as .json or .json.gz. Left out: the built-in world's")
-    parser.add_argument("--tokenizer", help="folder or hub id. Left out: one trained on the built-in world")
+    parser.add_argument(
+        "--demonstrations",
+        type=Path,
+        help=f"GPTeacher as .json or .json.gz. Left out: {DEMONSTRATIONS}, if it is there, else the built-in world's",
+    )
+    parser.add_argument(
+        "--tokenizer", help=f"folder or hub id. Left out: {TOKENIZER}, if it is there, else one trained on the built-in world"
+    )
     parser.add_argument("--folder", type=Path, help="where to work, kept. Left out: a temporary folder")
     given = parser.parse_args()
     given.steps = given.steps or (30 if given.gpu else 8)
@@ -112,6 +118,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     given = arguments()
+    say_inputs(given.demonstrations, given.tokenizer or "trained on the built-in world")
     load = load_now()
     folder = (given.folder or Path(tempfile.mkdtemp())).absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.machine import circumstances, load_now
-from common.process import DATA, run_side
+from common.process import DATA, run_side, say_inputs
 from picture import draw
 from plan import SMALL, TINY, Plan, Run
 
@@ -65,13 +65,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and few words, to try the benchmark itself")
     parser.add_argument("--gpu", action="store_true", help="on the first GPU")
-    parser.add_argument("--text", type=Path, help="stories with <|endoftext|> between them. Left out: the built-in world's")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help=f"stories with <|endoftext|> between them. Left out: {TEXT}, if it is there, else the built-in world's",
+    )
     parser.add_argument("--folder", type=Path, help="where to work, kept. Left out: a temporary folder")
     given = parser.parse_args()
     if given.quick:
         given.peer_steps, given.our_steps, given.evaluations, given.seeds = 12, 8, 4, given.seeds[:1]
     if given.plot is not None and find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install 'modern-llm[plots]'")
+        parser.error("--plot needs matplotlib: pip install -e '.[plots]' in the repository's folder")
     if not given.tiny:
         given.text = given.text or (TEXT if TEXT.is_file() else None)
     return given
@@ -189,6 +193,7 @@ def median_of(seeds: list[dict[str, Any]], name: str) -> float:
 
 def main() -> None:
     given = arguments()
+    say_inputs(given.text, "trained on the text")
     load = load_now()
     folder = (given.folder or Path(tempfile.mkdtemp())).absolute()
     folder.mkdir(parents=True, exist_ok=True)
