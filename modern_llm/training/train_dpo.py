@@ -68,7 +68,7 @@ def run_dpo(
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
         named = open_reference(dpo_config, tokenizer)
         objective = PreferenceObjective(dpo_config)
-        reference = _Reference(objective, named, sft_checkpoint, tokenizer_name)
+        reference = Reference(objective, named, sft_checkpoint, tokenizer_name)
         data = prepare_preferences(preference_config, dpo_config, ChatEncoder(tokenizer))
         return train_stage(
             stage="dpo",
@@ -88,7 +88,7 @@ def run_dpo(
         )
 
 
-class _Reference:
+class Reference:
     """The model that the policy is compared with: asked for all pairs before training, and about the policy's answers after."""
 
     def __init__(

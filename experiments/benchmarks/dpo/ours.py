@@ -48,17 +48,17 @@ def peer_numbers(count: int) -> dict[int, int]:
 
 def watch_job(job: Job) -> Seen:
     """Read the end of a step, its rows, and the pass of the reference."""
-    seen, ask = Seen(), train_dpo.ask_reference
+    seen, ask = Seen(), train_dpo.Reference.ask
 
-    def ask_and_time(objective: Any, start: Policy, other: Any, data: PreparedData, precision: torch.dtype, log: RunLog) -> Any:
+    def ask_and_time(self: Any, policy: Policy, data: PreparedData, precision: torch.dtype, log: RunLog) -> PreparedData:
         began = clock(job.gpu)
-        asked = ask(objective, start, other, data, precision, log)
+        asked = ask(self, policy, data, precision, log)
         seen.reference_seconds += clock(job.gpu) - began
         if job.task == "start":
-            seen.logprobs = logprobs(start, data, precision, job)
+            seen.logprobs = logprobs(policy, data, precision, job)
         return asked
 
-    train_dpo.ask_reference = ask_and_time
+    train_dpo.Reference.ask = ask_and_time
     watch(
         on_batch=lambda batch: seen.step_rows.append(rows_of(batch)),
         on_step=lambda _: seen.step_ends.append(clock(job.gpu)),
