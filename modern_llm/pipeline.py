@@ -140,7 +140,8 @@ def _within_time(progress: _Progress, stage: Stage) -> TrainingConfig:
     train, limit = progress.config.training(stage), progress.config.max_minutes
     if limit is None:
         return train
-    left = limit - (time.monotonic() - progress.began) / 60
+    mine = limit - (time.monotonic() - progress.began) / 60
+    left = float(distributed.everyone_hears(str(mine)))  # one clock, or a rank may stop where the others go on
     if left <= 0:
         raise Stopped(f"max_minutes={limit:g}: stopped before {stage}")
     return train.model_copy(update={"max_minutes": min(left, train.max_minutes or left)})

@@ -20,7 +20,7 @@ from modern_llm.data.prepared import PreparedData
 from modern_llm.evaluation.drift import kl_on_prompts
 from modern_llm.evaluation.generation import Answer, Ask, answer_logprobs
 from modern_llm.metrics import RunLog
-from modern_llm.models.adapters import adapter_layers, adapters_off
+from modern_llm.models.adapters import adapter_layers, adapters_off, keep_frozen_in
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
@@ -127,11 +127,11 @@ class Reference:
         """How far training has moved the policy from it on held-out prompts."""
         config, policy = loop.config, loop.policy
         at_once = config.micro_batch_size or max(1, (config.micro_batch_tokens or 0) // self.objective.config.max_length)
-        with self._again(policy) as asked, autocast(loop.precision, policy.device):
+        with self._again(policy, loop.precision) as asked, autocast(loop.precision, policy.device):
             return {"kl": kl_on_prompts(policy, asked, loop.data.evaluation, encoder, loop.precision, at_once)}
 
     @contextmanager
-    def _again(self, policy: Policy) -> Iterator[Ask]:
+    def _again(self, policy: Policy, precision: torch.dtype) -> Iterator[Ask]:
         """Inside, what the reference says of any answer, the policy being trained by now.
 
         Where no second model was there during training, the start is loaded once more, or its adapters are switched off. A run
@@ -149,6 +149,9 @@ class Reference:
             yield without_adapters
         else:
             model, _, _ = open_checkpoint(self.start, self.tokenizer_name, "sft_checkpoint")
+            model.requires_grad_(False)
+            if precision != torch.float32:
+                keep_frozen_in(model, precision)  # half the memory, and the same numbers
             yield partial(answer_logprobs, model.to(policy.device).eval())  # type: ignore[arg-type]
 
 
