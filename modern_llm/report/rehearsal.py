@@ -150,6 +150,7 @@ def rehearse(stage: Stage, arguments: dict[str, Any], folder: Path) -> Rehearsed
 def _perform(stage: Stage, arguments: Any) -> Rehearsed:
     """What the process does."""
     train: TrainingConfig = arguments.train_config
+    _prepare_apart(stage, arguments)
     device = distributed.device()
     precision, _ = choose_precision(train.mixed_precision, device)
     limit = matmul_limit(device, precision)
@@ -185,6 +186,24 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
         saving_seconds=ended - measured["time"],
         checkpoint_bytes=sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
     )
+
+
+def _prepare_apart(stage: Stage, arguments: Any) -> None:
+    """Prepare the data in a process that ends: a run finds it prepared, and tokenizing may take more memory than its steps."""
+    if child := os.fork():  # before torch has started any thread
+        os.waitpid(child, 0)
+        return
+    try:
+        prepare(stage, arguments, _tokenizer_of(arguments))
+    finally:  # what goes wrong here goes wrong again, and is told, where the stage itself prepares its data
+        os._exit(0)
+
+
+def _tokenizer_of(arguments: Any) -> Path | str:
+    """A folder or hub id with the tokenizer that a stage uses."""
+    if isinstance(arguments, PretrainArguments):
+        return arguments.tokenizer_name or ""
+    return arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint
 
 
 class _WatchedLoop(Loop):
