@@ -24,7 +24,6 @@ from modern_llm.models.adapters import adapter_layers, adapters_off, keep_frozen
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
-from modern_llm.precision import autocast
 from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.loop import Loop
 from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, open_reference, train_stage
@@ -127,7 +126,7 @@ class Reference:
         """How far training has moved the policy from it on held-out prompts."""
         config, policy = loop.config, loop.policy
         at_once = config.micro_batch_size or max(1, (config.micro_batch_tokens or 0) // self.objective.config.max_length)
-        with self._again(policy, loop.precision) as asked, autocast(loop.precision, policy.device):
+        with self._again(policy, loop.precision) as asked:
             return {"kl": kl_on_prompts(policy, asked, loop.data.evaluation, encoder, loop.precision, at_once)}
 
     @contextmanager
