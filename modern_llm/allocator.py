@@ -4,13 +4,8 @@ import ctypes
 import os
 import sys
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Names of the C library's malloc.h."""
-
-LARGEST_KEPT = 2**25
-"""Bytes of the largest block that is kept. Larger ones, which are few, go back to the system: kept as well, they would break up
-the heap (8 layers of 384 channels, after 7 steps: 3.54 GiB with all blocks kept, 3.35 so, 3.29 with none)."""
-
 
 CACHED_PRODUCTS = 64
 """Shapes of bf16 products whose kernels oneDNN keeps, at 0.65 MB each (torch 2.13); its own default is 1,024. Rows of
@@ -33,12 +28,13 @@ def keep_freed_memory() -> None:
     """From now on, memory that is freed stays with the process and is handed out again. Does nothing without glibc.
 
     glibc gives much of it back to the system at once, which clears it before it hands it out the next time: every optimizer
-    step paid for its activations again.
+    step paid for its activations again. Huge pages (torch's THP_MEM_ALLOC_ENABLE) make that cheaper, but each tensor then
+    begins at a multiple of 2 MiB, and most sizes leave a hole before the next.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library
         return
-    for name, value in ((_M_MMAP_THRESHOLD, LARGEST_KEPT), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
+    for name, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
         mallopt(name, value)

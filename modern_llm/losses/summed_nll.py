@@ -27,6 +27,7 @@ from modern_llm.losses.token_logprobs import (
     scores_from_logits,
     scratch_for,
 )
+from modern_llm.products import add_product, product, sums_like
 
 
 class NllSums(NamedTuple):
@@ -87,13 +88,14 @@ class _SummedNll(torch.autograd.Function):
         grads = _Gradients(hidden, weight, bias, accumulate, learns)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in chunks:
-                exponentials = torch.mm(hidden_cast[rows], weight_cast.T, out=buffer[: rows.stop - rows.start])
+                exponentials = product(hidden_cast[rows], weight_cast.T, out=buffer[: rows.stop - rows.start])
                 at_target, highest, sums, _ = exponentials_in_place(exponentials, bias, targets[rows], scratch)
                 normalizers = highest + sums.log()
                 nll += (normalizers - at_target).sum()
                 squares += normalizers.square().sum()
                 correct += (at_target >= highest).sum()
                 grads.add(rows, exponentials, (1 + 2 * z_loss * normalizers) / sums, hidden, hidden_cast, weight_cast)
+                del exponentials  # before the next are made
             grads.subtract_targets(hidden, weight_cast, targets)
         ctx.save_for_backward(*(g for g in (grads.hidden, grads.weight, grads.bias) if g is not None))
         ctx.learns = learns
@@ -120,7 +122,7 @@ class _Gradients:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, accumulate: torch.dtype, learns: tuple[bool, bool, bool]
     ) -> None:
         self.hidden = torch.empty_like(hidden, dtype=accumulate) if learns[0] else None
-        self.weight = torch.empty_like(weight, dtype=accumulate) if learns[1] else None
+        self.weight = sums_like(weight, accumulate) if learns[1] else None
         if self.weight is not None and not len(hidden):
             self.weight.zero_()  # else the first chunk writes it
         self.bias = torch.zeros_like(bias, dtype=accumulate) if learns[2] and bias is not None else None
@@ -130,14 +132,10 @@ class _Gradients:
     ) -> None:
         """Add what a chunk's probabilities give; `factors` turns its exponentials into them."""
         if self.hidden is not None:
-            self.hidden[rows] = (exponentials @ weight_cast).to(self.hidden.dtype).mul_(factors[:, None])
+            self.hidden[rows] = product(exponentials, weight_cast).to(self.hidden.dtype).mul_(factors[:, None])
         if self.weight is not None:
             scaled = (hidden[rows] * factors[:, None]).to(exponentials.dtype)
-            if self.weight.dtype == exponentials.dtype:
-                self.weight.addmm_(exponentials.T, scaled, beta=1 if rows.start else 0)
-            else:  # bf16 partial sums would lose the small ones
-                product = (exponentials.T @ scaled)[: len(self.weight)]
-                self.weight = self.weight.add_(product) if rows.start else self.weight.copy_(product)
+            add_product(self.weight, exponentials.T, scaled, is_first=not rows.start)
         if self.bias is not None:
             self.bias += (exponentials.T @ factors[:, None].to(exponentials.dtype))[: len(self.bias), 0]
 
@@ -147,5 +145,6 @@ class _Gradients:
             self.hidden -= weight_cast.index_select(0, targets)
         if self.weight is not None:
             self.weight.index_add_(0, targets, hidden.to(self.weight.dtype), alpha=-1)
+            self.weight = self.weight.contiguous()  # as the weight is: who adds gradients up would copy it later
         if self.bias is not None:
             self.bias.index_add_(0, targets, self.bias.new_ones(len(targets)), alpha=-1)

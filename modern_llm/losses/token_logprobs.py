@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "cpu": Sizes(chunk_elements=2**23, chunk_bytes=2**27, scratch_elements=2**20, kept_bytes=2**28),
+    "cpu": Sizes(chunk_elements=2**23, chunk_bytes=2**26, scratch_elements=2**20, kept_bytes=2**28),
     "cuda": Sizes(chunk_elements=2**28, chunk_bytes=2**30, scratch_elements=2**26, kept_bytes=2**32),
 }
 """By type of device. Each chunk is a pass over the weight's fp32 gradient.

@@ -14,6 +14,7 @@ from modern_llm.layout import PackedRow, Segment, pack, sent
 from modern_llm.losses.summed_nll import SumOfTokens
 from modern_llm.losses.token_logprobs import EachToken
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
+from modern_llm.models.linear import use_faster_products
 from modern_llm.models.routing import run_experts_in_autocast
 
 LOGPROBS = EachToken()
@@ -61,6 +62,7 @@ class Policy(nn.Module):
         self.note: str | None = None
         """A sentence for the log where it does not run in the fast way."""
         run_experts_in_autocast(model)
+        use_faster_products(model)
         self._choose_path()
 
     @property
