@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from modern_llm.products import product
+
 SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 """Square products of the quick measurement, width = height; smaller first."""
 CAREFUL_SIZES = {"cpu": (512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384)}
@@ -50,7 +52,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: fl
     """
     left, right = _factor(device, dtype, size, 0), _factor(device, dtype, size, 1)
     out = torch.empty_like(left)
-    return 2 * size**3 / _fastest(lambda: torch.mm(left, right, out=out), device, seconds)
+    return 2 * size**3 / _fastest(lambda: product(left, right, out), device, seconds)
 
 
 @functools.cache

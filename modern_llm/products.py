@@ -6,7 +6,6 @@ matrices runs at 209 GFLOP/s in MKL and at 451 in oneDNN (torch 2.13), in the sa
 """
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ def onednn_is_faster() -> bool:
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     has_operator = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # of torch's compiler, not promised to users
-    return has_operator and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _made_by_intel()
+    return has_operator and torch.backends.cpu.get_cpu_capability() == "AVX512" and _made_by_amd()
 
 
-def _made_by_intel() -> bool:
-    """Whether the processor is Intel's, or nobody says whose it is."""
-    if not sys.platform.startswith("linux"):
-        return True
-    return "AuthenticAMD" not in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+def _made_by_amd() -> bool:
+    processors = Path("/proc/cpuinfo")  # Linux's; elsewhere nobody says
+    return processors.is_file() and "AuthenticAMD" in processors.read_text(encoding="utf-8", errors="replace")
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -59,7 +56,8 @@ def sums_like(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_product(sums: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """Add `left @ right`, without rows behind those of the sums, to them in their type; the first product is put there."""
+    """Add `left @ right`, without rows behind those of the sums, to them in their type: partial sums in bf16 would lose the
+    small ones. The first product is put there."""
     if sums.dtype == left.dtype and len(sums) == len(left) and not _goes_to_onednn(left, left.numel() * right.shape[1]):
         sums.addmm_(left, right, beta=0 if is_first else 1)
         return
@@ -76,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: (out,) or None.
     """
     kind = x.device.type
-    if kind != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled(kind) or not onednn_is_faster():
+    if kind != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled(kind):
         return F.linear(x, weight, bias)
     return _linear(x, weight, bias)
 
@@ -102,24 +100,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-@torch.library.custom_op("modern_llm::linear_backward", mutates_args=())
-def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, learns: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; an empty tensor for those that do not learn."""
-    rows = grad.reshape(-1, grad.shape[-1])
-    none = grad.new_empty(0)
-    grad_x = product(rows, weight).view(x.shape) if learns[0] else none
-    grad_weight = product(rows.T, x.reshape(-1, x.shape[-1])).contiguous() if learns[1] else none
-    return grad_x, grad_weight, rows.sum(0) if learns[2] else none
+@torch.library.custom_op("modern_llm::product", mutates_args=())
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return product(left, right).contiguous()
 
 
-@_linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, learns: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    none = grad.new_empty(0)
-    return (
-        grad.new_empty(x.shape) if learns[0] else none,
-        grad.new_empty(weight.shape) if learns[1] else none,
-        grad.new_empty(len(weight)) if learns[2] else none,
-    )
+@_product.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -128,9 +116,14 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], outpu
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    learns = list(ctx.needs_input_grad)
-    grads = _linear_backward(grad, *ctx.saved_tensors, learns)
-    return tuple(g if wanted else None for g, wanted in zip(grads, learns, strict=True))
+    x, weight = ctx.saved_tensors
+    learns_x, learns_weight, learns_bias = ctx.needs_input_grad
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (
+        _product(rows, weight).view(x.shape) if learns_x else None,
+        _product(rows.T, x.reshape(-1, x.shape[-1])) if learns_weight else None,
+        rows.sum(0) if learns_bias else None,
+    )
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)

@@ -12,16 +12,16 @@ from modern_llm.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for _ in range(8):
-    tensors = [torch.ones(2**20) for _ in range(64)]
+    tensors = [torch.ones(2**24) for _ in range(4)]
     del tensors
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-tensors = [torch.ones(2**20) for _ in range(64)]
+tensors = [torch.ones(2**24) for _ in range(4)]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(way: str) -> int:
-    """Pages that the system had to find for 64 tensors of 4 MiB, where as many were freed before."""
+    """Pages that the system had to find for four tensors of 64 MiB, where as many were freed before."""
     out = subprocess.run([sys.executable, "-c", CODE, way], capture_output=True, text=True, check=True).stdout
     return int(out)
 

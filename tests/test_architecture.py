@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "modern_llm"
 
 FLOORS: list[set[str]] = [
     {"config"},
-    {"losses", "secrets"},
+    {"losses", "products", "secrets"},
     {
         "allocator",
         "layout",
@@ -51,6 +51,7 @@ FLOORS: list[set[str]] = [
 ]
 
 SIBLINGS = {
+    ("losses", "products"),
     ("checkpoint", "exit_codes"),
     ("lock", "checkpoint"),
     ("metrics", "checkpoint"),

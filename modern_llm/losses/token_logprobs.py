@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modern_llm.products import add_product, product, sums_like
+
 
 class Sizes(NamedTuple):
     """How much of (positions × vocabulary) is there at once."""
@@ -209,7 +211,7 @@ def _exponentials(
     scratch = scratch_for(largest, vocab, hidden, normalizers.dtype)
     for rows in chunks:
         # fresh memory costs more here than arithmetic: the product goes where the last one was
-        logits = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=buffer[: rows.stop - rows.start])
+        logits = product(hidden[rows].to(weight.dtype), weight.T, out=buffer[: rows.stop - rows.start])
         for part in pieces(len(logits), len(scratch)):
             ours = logits[part, :vocab]
             exact = ours if ours.dtype == scratch.dtype else scratch[: part.stop - part.start].copy_(ours)
@@ -247,7 +249,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in chunks:
                 into = kept[rows] if keep else kept[: rows.stop - rows.start]
-                logits = torch.mm(hidden_cast[rows], weight_cast.T, out=into)
+                logits = product(hidden_cast[rows], weight_cast.T, out=into)
                 at_target, high, total, squares = exponentials_in_place(
                     logits, bias, targets[rows], scratch, keep, with_collisions
                 )
@@ -274,23 +276,24 @@ class _ChunkedLogProbs(torch.autograd.Function):
         factors = grad_logprobs if kept is None else grad_logprobs / sums
         scaled = (hidden * -factors[:, None]).to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=accumulate) if needs_hidden else None
-        grad_weight = grad_bias = None
+        grad_weight = sums_like(weight, accumulate) if needs_weight else None
+        grad_bias = None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, exponentials in _exponentials(hidden, weight_cast, vocab, bias, normalizers, kept):
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (exponentials @ weight_cast).to(accumulate).mul_(-factors[rows, None])
-                if needs_weight:
-                    product = (exponentials.T @ scaled[rows])[:vocab]
-                    # fp32 addition of chunks: bf16 partial sums would lose the small ones
-                    grad_weight = product.to(accumulate) if grad_weight is None else grad_weight.add_(product)
+                    grad_hidden[rows] = product(exponentials, weight_cast).to(accumulate).mul_(-factors[rows, None])
+                if grad_weight is not None:
+                    add_product(grad_weight, exponentials.T, scaled[rows], is_first=not rows.start)
                 if needs_bias:
-                    product = (exponentials.T @ -factors[rows, None].to(dtype))[:vocab]
-                    grad_bias = product.to(accumulate) if grad_bias is None else grad_bias.add_(product)
+                    part = (exponentials.T @ -factors[rows, None].to(dtype))[:vocab]
+                    grad_bias = part.to(accumulate) if grad_bias is None else grad_bias.add_(part)
         if grad_hidden is not None:
             grad_hidden += grad_logprobs[:, None] * weight_cast.index_select(0, targets)
-        if needs_weight:
-            grad_weight = torch.zeros_like(weight, dtype=accumulate) if grad_weight is None else grad_weight
+        if grad_weight is not None:
+            if not len(hidden):
+                grad_weight.zero_()  # else the first chunk wrote it
             grad_weight.index_add_(0, targets, (grad_logprobs[:, None] * hidden).to(accumulate))
+            grad_weight = grad_weight.contiguous()  # as the weight is: who adds gradients up would copy it later
         if needs_bias:
             grad_bias = weight.new_zeros(len(weight), 1, dtype=accumulate) if grad_bias is None else grad_bias
             grad_bias = grad_bias.squeeze(1).index_add_(0, targets, grad_logprobs)

@@ -122,10 +122,10 @@ def keep_frozen_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in (nn.Linear, Conv1D) and not weight.requires_grad and id(weight) not in tables:  # type: ignore
-            weight.data = weight.data.to(dtype)  # type: ignore[union-attr]
-        elif (state := getattr(weight, "quant_state", None)) is not None:
+        if (state := getattr(weight, "quant_state", None)) is not None:
             state.dtype = dtype  # what the 4 bits are unpacked to
+        elif isinstance(module, nn.Linear | Conv1D) and not weight.requires_grad and id(weight) not in tables:  # type: ignore
+            weight.data = weight.data.to(dtype)  # type: ignore[union-attr]
 
 
 class _Lora:

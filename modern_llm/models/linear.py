@@ -10,8 +10,8 @@ from modern_llm import products
 class Linear(nn.Linear):
     """`nn.Linear`, whose fp32 products on a CPU go to the faster library."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return products.linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return products.linear(input, self.weight, self.bias)
 
 
 class TransposedLinear(Conv1D):
