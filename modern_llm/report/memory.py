@@ -21,6 +21,7 @@ from modern_llm import distributed
 from modern_llm.config import TrainingConfig
 from modern_llm.losses.token_logprobs import SIZES
 from modern_llm.models.grids import LONG
+from modern_llm.products import onednn_is_faster
 from modern_llm.training.muon import working_bytes
 from modern_llm.training.optim import ParameterGroups
 
@@ -194,7 +195,8 @@ class Estimate:
         scratch = 4 * min(chunk * self.vocabulary, sizes.scratch_elements)
         weight = self.vocabulary * self.hidden
         copy = weight * size if size == 2 else 0
-        gradient = 4 * weight if self.head_learns else 0
+        product = size if size == 2 or onednn_is_faster() else 0  # of a chunk, before it is added to the sum
+        gradient = (4 + product) * weight if self.head_learns else 0
         return chunk * row + scratch + copy + gradient + 12 * load.predicted * self.hidden
 
     def during_pass(self, load: Load, correction: Correction = NOT_MEASURED) -> Bytes:

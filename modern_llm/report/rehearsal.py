@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modern_llm import distributed
+from modern_llm.allocator import steady_memory
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.commands import DPOArguments, PretrainArguments, SFTArguments
 from modern_llm.config.data import DatasetConfig
@@ -153,6 +154,8 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
     _prepare_apart(stage, arguments)
     device = distributed.device()
     precision, _ = choose_precision(train.mixed_precision, device)
+    if device.type == "cpu":
+        steady_memory()  # as the stage will have it, before the first product
     limit = matmul_limit(device, precision)
     _load_code(arguments)
     stage_module.Loop = _WatchedLoop  # type: ignore[misc] - this process does nothing else
