@@ -137,7 +137,8 @@ def _backward(
             weights = kept[used : used + q.shape[0] * q.shape[1] * block.visible.shape[2]].view(*q.shape[:2], -1)
             grad_weights = torch.bmm(g, v[:, block.keys].transpose(1, 2))
             # softmax backward: w · (g − Σ w g)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
+            softmax_backward = torch.ops.aten._softmax_backward_data.out
+            grad_scores = softmax_backward(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
             grad_scores.mul_(scaling)
             grad_query[mine.flatten()] = _unstacked(torch.bmm(grad_scores, k[:, block.keys]), mine, groups)
             grad_k[:, block.keys] += torch.bmm(grad_scores.transpose(1, 2), q)
