@@ -8,9 +8,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Names of the C library's malloc.h."""
 
 CACHED_PRODUCTS = 64
-"""Shapes of products that are remembered with their kernels, at 0.65 MB each (torch 2.13). Rows of documents bring new shapes all
-the time, and what is kept for them lies scattered over the heap: 4 layers of 192 channels took 1.09 GiB after 70 steps with the
-defaults, 1,024 in each of two places, growing with every step, and 0.73 GiB so, at the same rate."""
+"""Shapes of products that are remembered with their kernels, at 0.65 MB each (torch 2.13). Rows of documents bring new shapes
+all the time, and what is kept for them lies scattered over the heap: 4 layers of 192 channels took 1.09 GiB after 70 steps with
+the second of `CACHES` at its default of 1,024, and 0.73 GiB so, at the same rate."""
 
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Environment variables of oneDNN itself and of ideep, through which torch calls it."""

@@ -61,8 +61,6 @@ def matmul_limit(gpu: bool) -> dict[str, float]:
     """FLOP/s of square bf16 products, by size."""
     import torch
 
-    import modern_llm  # noqa: F401 - sets how torch allocates, as in every run of ours
-
     device = "cuda" if gpu else "cpu"
     found = {}
     for size in GPU_SIZES if gpu else CPU_SIZES:

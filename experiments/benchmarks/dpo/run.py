@@ -8,8 +8,7 @@ gradient checkpointing off. Each runs in a process of its own, one after the oth
 The first optimizer step is not counted, nor is the preparation of data. Before any clock is read both must show the same token
 ids for every row, the same log-probs before the first step, and the same loss after one step.
 
-Both sides get the environment as it is. Ours sets THP_MEM_ALLOC_ENABLE=1 by itself (large tensors in huge pages); set in the
-environment it holds for TRL too.
+Both sides get the environment as it is: with THP_MEM_ALLOC_ENABLE=1 in it, large tensors of both are in huge pages.
 
     rate_ratio               ours with its pass of the reference counted, TRL with its reference in every step
     rate_ratio_precomputed   both with the reference asked before, and that counted
