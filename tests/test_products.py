@@ -62,7 +62,7 @@ def test_product_is_that_of_float64(library: bool, shape: tuple[int, int, int], 
 def test_sums_of_products_add_up_in_fp32_and_leave_out_rows_behind(library: bool) -> None:
     left, right = normal(40, 96), normal(96, 8, seed=1)
     for dtype in (torch.float32, torch.bfloat16):
-        sums = products.sums_like(normal(37, 8), torch.float32)
+        sums = products.sums_like(normal(37, 8), dtype)
         products.add_product(sums, left.to(dtype), right.to(dtype), is_first=True)
         products.add_product(sums, left.to(dtype), right.to(dtype), is_first=False)
         wanted = 2 * (left.to(dtype).double() @ right.to(dtype).double())[:37]

@@ -85,7 +85,7 @@ class _SummedNll(torch.autograd.Function):
         scratch = scratch_for(largest, vocab, hidden, accumulate)
         nll, squares = (hidden.new_zeros((), dtype=accumulate) for _ in range(2))
         correct = targets.new_zeros(())
-        grads = _Gradients(hidden, weight, bias, accumulate, learns)
+        grads = _Gradients(hidden, weight, bias, dtype, learns)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in chunks:
                 exponentials = product(hidden_cast[rows], weight_cast.T, out=buffer[: rows.stop - rows.start])
@@ -119,10 +119,12 @@ class _Gradients:
     """Gradients of the sum, added up over chunks in fp32."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, accumulate: torch.dtype, learns: tuple[bool, bool, bool]
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, learns: tuple[bool, bool, bool]
     ) -> None:
+        """`dtype` is that of the products."""
+        accumulate = torch.promote_types(dtype, torch.float32)
         self.hidden = torch.empty_like(hidden, dtype=accumulate) if learns[0] else None
-        self.weight = sums_like(weight, accumulate) if learns[1] else None
+        self.weight = sums_like(weight, dtype) if learns[1] else None
         if self.weight is not None and not len(hidden):
             self.weight.zero_()  # else the first chunk writes it
         self.bias = torch.zeros_like(bias, dtype=accumulate) if learns[2] and bias is not None else None

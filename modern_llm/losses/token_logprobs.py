@@ -276,7 +276,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         factors = grad_logprobs if kept is None else grad_logprobs / sums
         scaled = (hidden * -factors[:, None]).to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=accumulate) if needs_hidden else None
-        grad_weight = sums_like(weight, accumulate) if needs_weight else None
+        grad_weight = sums_like(weight, dtype) if needs_weight else None
         grad_bias = None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, exponentials in _exponentials(hidden, weight_cast, vocab, bias, normalizers, kept):
