@@ -1,11 +1,12 @@
 """Does a result hold over seeds? Runs a pipeline file once per seed and pools what was counted.
 
     python experiments/seeds/run.py configs/quickstart.yaml
-    python experiments/seeds/run.py configs/real-small.yaml --seeds 0 1 2 --plot docs/images/real-small.png
+    python experiments/seeds/run.py configs/real-small.yaml --seeds 0 1 2 --folds --plot docs/images/real-small.png
 
 Seed s writes to `<output_dir>-seed<s>`; a finished run is not repeated. Prints one table per seed, then the pooled one: the
-mean and the range of each metric, and for preference accuracy the 95 % Wilson interval over all pairs of all seeds (the same
-held-out pairs each time, so it covers the models' chance, not the pairs').
+mean and the range of each metric, and for preference accuracy the 95 % Wilson interval over all judgements. With `--folds`
+seed s holds out fold s of the pairs (cross-validation), so that up to the number of folds every judgement is of another pair.
+Without it every seed has the same held-out pairs, and the interval covers the models' chance, not the pairs'.
 """
 
 import argparse
@@ -22,10 +23,13 @@ def folder_of(config: PipelineConfig, seed: int) -> Path:
     return config.output_dir.with_name(f"{config.output_dir.name}-seed{seed}")
 
 
-def run_seed(config: PipelineConfig, seed: int) -> dict:
+def run_seed(config: PipelineConfig, seed: int, folds: bool) -> dict:
     """Results of one seed."""
-    folder = folder_of(config, seed)
-    result = run_pipeline(config.model_copy(update={"seed": seed, "output_dir": folder}))
+    changed = config.model_dump(exclude_unset=True) | {"seed": seed, "output_dir": folder_of(config, seed)}
+    if folds:
+        data = changed["dpo"]["data"]
+        data["eval_fold"] = seed % int(1 / data["eval_fraction"] + 1e-9)
+    result = run_pipeline(PipelineConfig.model_validate(changed))
     return json.loads((result.report.parent / "results.json").read_text(encoding="utf-8"))
 
 
@@ -56,11 +60,12 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a pipeline file")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only pool --with")
     parser.add_argument("--with", type=Path, nargs="*", default=[], dest="finished", help="results.json of runs to pool too")
+    parser.add_argument("--folds", action="store_true", help="hold out another fold of the pairs with each seed")
     parser.add_argument("--plot", type=Path, help="where to draw held-out accuracy over the steps of preference training")
     arguments = parser.parse_args()
     config = load_config(PipelineConfig, arguments.config)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.finished]
-    results += [run_seed(config, seed) for seed in arguments.seeds]
+    results += [run_seed(config, seed, arguments.folds) for seed in arguments.seeds]
     print(f"\n{arguments.config}, seeds {', '.join(str(r['config']['seed']) for r in results)}: mean (lowest to highest)\n")
     print(pooled(results))
     print("\nminutes of training: " + ", ".join(f"{r['training_seconds'] / 60:.1f}" for r in results))
@@ -70,13 +75,17 @@ def main() -> None:
         share = sum(stage["preference_accuracy"] * stage["pairs"] for stage in dpo) / count
         low, high = wilson_interval(share, count)
         print(f"preference accuracy over {count} held-out judgements: {share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+        baselines = {
+            name: sum(r["baselines"][name] * r["stages"]["dpo"]["pairs"] for r in results) / count
+            for name in results[0]["baselines"]
+        }
         curves = held_out_curves(config, arguments.seeds)
         for seed, points in zip(arguments.seeds, curves, strict=True):
             print(f"seed {seed}, accuracy by step: " + ", ".join(f"{step}: {value:.1%}" for step, value in points))
         if arguments.plot:
             name = f"{config.output_dir.name}, {len(curves)} seeds"
-            plot(arguments.plot, {name: curves}, results[0]["baselines"]["shorter_wins"])
-        print("baselines on the same pairs: " + ", ".join(f"{n} {v:.1%}" for n, v in results[0]["baselines"].items()))
+            plot(arguments.plot, {name: curves}, baselines["shorter_wins"])
+        print("baselines on the same pairs: " + ", ".join(f"{n} {v:.1%}" for n, v in baselines.items()))
 
 
 if __name__ == "__main__":

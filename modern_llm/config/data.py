@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from modern_llm.config.base import StrictModel
 
@@ -54,6 +54,9 @@ class DatasetConfig(StrictModel):
     eval_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the rows held out for evaluation, chosen by a hash of the prompt (of the text, for documents), so that
     the same prompt is never on both sides. 0: none."""
+    eval_fold: NonNegativeInt = 0
+    """Which share of that size is held out, counted from 0: with `eval_fraction: 0.2` the folds 0 to 4 hold out every row once
+    (cross-validation)."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """A row that cannot be read (not JSON, a missing column, a wrong type): stop and name it, or leave it out and count it."""
 
@@ -61,6 +64,12 @@ class DatasetConfig(StrictModel):
     def _check_sources(self) -> Self:
         if self.eval_split is not None and self.eval_fraction:
             raise ValueError("eval_split and eval_fraction both hold rows out: give one of them")
+        folds = int(1 / self.eval_fraction + 1e-9) if self.eval_fraction else 1
+        if self.eval_fold >= folds:
+            raise ValueError(
+                f"eval_fold={self.eval_fold}: eval_fraction={self.eval_fraction:g} makes {folds}, counted from 0; "
+                "eval_fraction is the share of one fold"
+            )
         if not self.dataset_name:
             raise ValueError(f"dataset_name={self.dataset_name!r} names no data set")
         for name, source in self.sources().items():

@@ -66,7 +66,7 @@ def held_out_rows(config: InstructionDatasetConfig, encoder: ChatEncoder) -> lis
         bad = BadRows(skip=config.on_bad_row == "skip")
         opened = open_source(name, source, "instructions", config.eval_split)
         for found_chat in chats_of(opened, config, encoder, bad, {"rows_read": 0}):
-            if config.eval_split is not None or is_held_out(chat_key(found_chat.chat), config.eval_fraction):
+            if config.eval_split is not None or is_held_out(chat_key(found_chat.chat), config):
                 found.append(found_chat.row.values)
     return found
 

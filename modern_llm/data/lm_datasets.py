@@ -36,7 +36,7 @@ def training_texts(config: LanguageModelingDatasetConfig) -> Iterator[str]:
     held_out = held_out_keys(config)
     for text in document_texts(config, None, config.window if config.streaming else None):
         key = prompt_hash(text)
-        if key not in held_out and not is_held_out(key, config.eval_fraction):
+        if key not in held_out and not is_held_out(key, config):
             yield text
 
 

@@ -78,7 +78,7 @@ def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> lis
         bad = BadRows(skip=config.on_bad_row == "skip")
         opened = open_source(name, source, "preferences", config.eval_split)
         for found_pair in pairs_of(opened, config, encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
-            if config.eval_split is not None or is_held_out(pair_key(found_pair.pair), config.eval_fraction):
+            if config.eval_split is not None or is_held_out(pair_key(found_pair.pair), config):
                 found.append(found_pair.pair)
     return found
 

@@ -322,7 +322,7 @@ def prepare_sources(
     held_out = np.concatenate([evaluation.keys for _, _, evaluation in stores])  # also what another source holds out
     for weight, train, evaluation in stores:
         if config.eval_split is None:
-            out = are_held_out(train.keys, config.eval_fraction)
+            out = are_held_out(train.keys, config)
             found.append(PreparedSource(weight, train, np.flatnonzero(~out), train, np.flatnonzero(out)))
         else:
             used = np.flatnonzero(~np.isin(train.keys, held_out))

@@ -16,7 +16,7 @@ import numpy as np
 
 from modern_llm.checkpoint import sha256_of_file
 from modern_llm.config import UserError
-from modern_llm.config.data import SourceConfig
+from modern_llm.config.data import DatasetConfig, SourceConfig
 from modern_llm.data.readers import COMPRESSIONS, FORMATS, BadRows, Row, file_format, last_line, read_file
 from modern_llm.data.village import VILLAGE_NAME, village_rows
 from modern_llm.hub import hub
@@ -332,11 +332,20 @@ def prompt_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
 
 
-def is_held_out(key: int, fraction: float) -> bool:
+def is_held_out(key: int, config: DatasetConfig) -> bool:
     """Whether a prompt of this hash belongs to the evaluation part."""
-    return key < fraction * 2**64
+    return key in _held_out_keys(config)
 
 
-def are_held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+def are_held_out(keys: np.ndarray, config: DatasetConfig) -> np.ndarray:
     """`is_held_out` of many: (n,) bool."""
-    return keys < np.uint64(math.ceil(fraction * 2**64))
+    held_out = _held_out_keys(config)
+    if not held_out:
+        return np.zeros(len(keys), dtype=bool)
+    return (keys >= np.uint64(held_out.start)) & (keys <= np.uint64(held_out.stop - 1))
+
+
+def _held_out_keys(config: DatasetConfig) -> range:
+    """Hashes of the evaluation part. Parts next to each other share a bound, so no prompt is in two of them or in none."""
+    first, behind = (math.ceil((config.eval_fold + part) * config.eval_fraction * 2**64) for part in (0, 1))
+    return range(first, min(behind, 2**64))

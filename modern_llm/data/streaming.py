@@ -113,7 +113,7 @@ class DocumentStream:
             if text is None:
                 continue
             key = prompt_hash(text)
-            if key not in self.held_out and not is_held_out(key, self.config.eval_fraction):
+            if key not in self.held_out and not is_held_out(key, self.config):
                 yield text
 
     def fingerprint(self) -> str:
@@ -135,5 +135,5 @@ def _held_out(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_l
     if config.eval_split is None and not config.eval_fraction:
         return Mixture((InMemory([]),), (1.0,))
     texts = document_texts(config, config.eval_split, config.window)
-    kept = (t for t in texts if config.eval_split is not None or is_held_out(prompt_hash(t), config.eval_fraction))
+    kept = (t for t in texts if config.eval_split is not None or is_held_out(prompt_hash(t), config))
     return Mixture((_Documents(encoder, kept).blocks(max_length),), (1.0,))

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from modern_llm.models.grids import Grid, Grids
 
+KEPT_BITS = 16
+"""Attention weights of types up to this width wait for the backward pass. Wider ones are made again there: they take twice the
+memory, and one product of the five more is a small part of a step in a type whose other products are four times as slow."""
+
 BLOCK = 256
 """Queries of a line that are worked on at once, in lines of more than twice as many. Measured, forward + backward of a layer, 6
 heads of 64 channels, 4 documents of 1,024 tokens in bf16, one core: 126 ms against 178 ms whole. Blocks of 128, in lines of 257
@@ -79,15 +83,33 @@ def _num_weights(grid: Grid, heads: int, window: int | None) -> int:
     return sum(len(grid.queries) * heads * block.visible[0].numel() for block in _blocks(grid, window))
 
 
+def weights_are_kept(dtype: torch.dtype) -> bool:
+    """Whether attention weights of this type wait for the backward pass, or are made again there."""
+    return torch.finfo(dtype).bits <= KEPT_BITS
+
+
+def _weights(q: Tensor, k: Tensor, visible: Tensor, lines: int, scaling: float, into: Tensor | None = None) -> Tensor:
+    """softmax(scaling · q kᵀ) over the visible keys: (n · K, H/K · Q, keys), written to the flat tensor `into`, if there is one.
+
+    q: (n · K, H/K · Q, D). k: (n · K, keys, D). visible: (n or 1, Q, keys) bool.
+    """
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+    hidden = torch.zeros(1, dtype=scores.dtype).masked_fill(~visible, float("-inf"))
+    scores.view(lines, -1, *hidden.shape[1:]).add_(hidden[:, None])
+    return torch.softmax(scores, -1, out=scores if into is None else into.view_as(scores))
+
+
 @torch.library.custom_op("modern_llm::grid_attention", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, shapes: Tensor, queries: Tensor, keys: Tensor, shared: Tensor, outputs: Tensor,
     scaling: float, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns what every token attended to, (T, H, V), and the weights of all blocks in one flat tensor, for the way back."""
+    """Returns what every token attended to, (T, H, V), and the weights of all blocks in one flat tensor, for the way back; an
+    empty one where they are made again."""
     grids = Grids(shapes, queries, keys, shared, outputs)
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
-    kept = query.new_empty(sum(_num_weights(grid, heads, window or None) for grid in grids.each()))
+    keep = weights_are_kept(query.dtype)
+    kept = query.new_empty(sum(_num_weights(grid, heads, window or None) for grid in grids.each()) if keep else 0)
     out = query.new_empty(len(queries), heads, value.shape[2])
     cell = used = 0
     for grid in grids.each():
@@ -95,13 +117,12 @@ def _forward(
         cells = torch.arange(cell, cell + grid.queries.numel()).view_as(grid.queries)
         for block in _blocks(grid, window or None):
             q = _stacked(query, grid.queries[:, block.queries], groups)
-            scores = torch.bmm(q, k[:, block.keys].transpose(1, 2)).mul_(scaling)
-            hidden = torch.zeros(1, dtype=scores.dtype).masked_fill(~block.visible, float("-inf"))
-            scores.view(len(grid.queries), -1, *hidden.shape[1:]).add_(hidden[:, None])
-            weights = torch.softmax(scores, -1, out=kept[used : used + scores.numel()].view_as(scores))
+            size = q.shape[0] * q.shape[1] * block.visible.shape[2]
+            into = kept[used : used + size] if keep else None
+            weights = _weights(q, k[:, block.keys], block.visible, len(grid.queries), scaling, into)
             mine = cells[:, block.queries]
             out[mine.flatten()] = _unstacked(torch.bmm(weights, v[:, block.keys]), mine, groups)
-            used += scores.numel()
+            used += size
         cell += grid.queries.numel()
     return out.index_select(0, outputs), kept
 
@@ -134,7 +155,12 @@ def _backward(
             mine = cells[:, block.queries]
             g = _stacked(grad_cells, mine, groups)
             q = _stacked(query, grid.queries[:, block.queries], groups)
-            weights = kept[used : used + q.shape[0] * q.shape[1] * block.visible.shape[2]].view(*q.shape[:2], -1)
+            if weights_are_kept(query.dtype):
+                size = q.shape[0] * q.shape[1] * block.visible.shape[2]
+                weights = kept[used : used + size].view(*q.shape[:2], -1)
+                used += size
+            else:
+                weights = _weights(q, k[:, block.keys], block.visible, len(grid.queries), scaling)
             grad_weights = torch.bmm(g, v[:, block.keys].transpose(1, 2))
             # softmax backward: w · (g − Σ w g)
             softmax_backward = torch.ops.aten._softmax_backward_data.out
@@ -143,7 +169,6 @@ def _backward(
             grad_query[mine.flatten()] = _unstacked(torch.bmm(grad_scores, k[:, block.keys]), mine, groups)
             grad_k[:, block.keys] += torch.bmm(grad_scores.transpose(1, 2), q)
             grad_v[:, block.keys] += torch.bmm(weights.transpose(1, 2), g)
-            used += weights.numel()
         grad_key.index_add_(0, grid.keys.flatten(), _unstacked(grad_k, grid.keys, 1))
         grad_value.index_add_(0, grid.keys.flatten(), _unstacked(grad_v, grid.keys, 1))
         cell += grid.queries.numel()

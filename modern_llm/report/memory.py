@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig
 from modern_llm.losses.token_logprobs import SIZES
+from modern_llm.models.grid_kernel import weights_are_kept
 from modern_llm.models.grids import LONG
 from modern_llm.products import onednn_is_faster
 from modern_llm.training.muon import working_bytes
@@ -167,10 +168,13 @@ class Estimate:
             if self.precision.itemsize == 2
             else 24 * self.hidden + 16 * q + 16 * k + 16 * f
         )
-        kept_on_cpu = self.config.attention == "auto" and load.longest <= LONG
-        weights_kept = self.config.attention == "eager" or (self.device == "cpu" and kept_on_cpu)
-        attention = load.tokens * load.longest * heads * self.precision.itemsize if weights_kept else 0
-        return per_token * load.tokens + attention
+        by_products = self.device == "cpu" and self.config.attention == "auto" and load.longest <= LONG
+        weights_kept = self.config.attention == "eager" or (by_products and weights_are_kept(self.precision))
+        return per_token * load.tokens + (self.weights_bytes(load) if weights_kept else 0)
+
+    def weights_bytes(self, load: Load) -> int:
+        """Attention weights of one layer."""
+        return load.tokens * load.longest * self.shape.num_attention_heads * self.precision.itemsize
 
     def activation_bytes(self, load: Load) -> int:
         """What the body keeps of a micro-batch, what one layer works with, and the bf16 copies of weights."""

@@ -161,7 +161,7 @@ def _pairs(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder
 
 
 def _held_out(config: DatasetConfig, key: int) -> str:
-    return " (held out)" if is_held_out(key, config.eval_fraction) else ""
+    return " (held out)" if is_held_out(key, config) else ""
 
 
 def _kinds(scored: np.ndarray, first: int, behind: int) -> list[str]:
