@@ -60,15 +60,18 @@ class DatasetConfig(StrictModel):
     on_bad_row: Literal["fail", "skip"] = "fail"
     """A row that cannot be read (not JSON, a missing column, a wrong type): stop and name it, or leave it out and count it."""
 
+    @property
+    def folds(self) -> int:
+        """How many parts of `eval_fraction` there are to hold out."""
+        return int(min(1 / self.eval_fraction + 1e-9, 2.0**64)) if self.eval_fraction else 1  # a hash has 64 bits
+
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
         if self.eval_split is not None and self.eval_fraction:
             raise ValueError("eval_split and eval_fraction both hold rows out: give one of them")
-        folds = int(1 / self.eval_fraction + 1e-9) if self.eval_fraction else 1
-        if self.eval_fold >= folds:
+        if self.eval_fold >= self.folds:
             raise ValueError(
-                f"eval_fold={self.eval_fold}: eval_fraction={self.eval_fraction:g} makes {folds}, counted from 0; "
-                "eval_fraction is the share of one fold"
+                f"eval_fold={self.eval_fold}: eval_fraction={self.eval_fraction:g} makes {self.folds} fold(s), counted from 0"
             )
         if not self.dataset_name:
             raise ValueError(f"dataset_name={self.dataset_name!r} names no data set")

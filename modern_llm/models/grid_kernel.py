@@ -89,7 +89,7 @@ def weights_are_kept(dtype: torch.dtype) -> bool:
 
 
 def _weights(q: Tensor, k: Tensor, visible: Tensor, lines: int, scaling: float, into: Tensor | None = None) -> Tensor:
-    """softmax(scaling · q kᵀ) over the visible keys: (n · K, H/K · Q, keys), written to the flat tensor `into`, if there is one.
+    """softmax(scaling · q kᵀ) over the visible keys: (n · K, H/K · Q, keys), written into the flat `into` if given.
 
     q: (n · K, H/K · Q, D). k: (n · K, keys, D). visible: (n or 1, Q, keys) bool.
     """

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from helpers import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from modern_llm.config import (
     DPOConfig,
@@ -27,7 +29,7 @@ from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.readers import BadRows
-from modern_llm.data.sources import is_held_out, open_source, prompt_hash
+from modern_llm.data.sources import are_held_out, is_held_out, open_source, prompt_hash
 
 ROWS = [{"text": "Eins, zwei", "note": "a"}, {"text": 'drei "vier"\nfünf', "note": "b"}, {"text": " sechs", "note": "c"}]
 
@@ -460,18 +462,44 @@ def test_half_a_character_is_one_line_with_file_line_and_field(tmp_path, encoder
 # Holding out
 
 
+HASHES = st.integers(0, 2**64 - 1)
+
+
+def holding_out(fraction: float, fold: int = 0) -> LanguageModelingDatasetConfig:
+    return LanguageModelingDatasetConfig(dataset_name="rows.txt", eval_fraction=fraction, eval_fold=fold)
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), low=st.floats(0, 0.999), high=st.floats(0, 0.999))
 def test_a_larger_fraction_holds_out_what_a_smaller_one_does(text, low, high) -> None:
     low, high = sorted((low, high))
-    assert is_held_out(prompt_hash(text), high) or not is_held_out(prompt_hash(text), low)
-    assert not is_held_out(prompt_hash(text), 0.0)
+    assert is_held_out(prompt_hash(text), holding_out(high)) or not is_held_out(prompt_hash(text), holding_out(low))
+    assert not is_held_out(prompt_hash(text), holding_out(0.0))
     assert prompt_hash(text) == prompt_hash(f"  {text}\n")
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    keys=st.lists(HASHES | st.sampled_from([0, 2**64 - 1, 2**63, 2**62]), max_size=20),
+    folds=st.sampled_from([1.5, 2, 3, 4, 5, 10]),
+)
+def test_every_row_is_held_out_by_one_fold(keys, folds) -> None:
+    configs = [holding_out(1 / folds, fold) for fold in range(int(folds))]
+    found = np.array([are_held_out(np.array(keys, dtype=np.uint64), config) for config in configs])
+    assert found.tolist() == [[is_held_out(key, config) for key in keys] for config in configs]
+    assert (found.sum(axis=0) == [1 if key < int(folds) / folds * 2**64 else 0 for key in keys]).all()
+
+
 def test_the_fraction_is_the_share_that_is_held_out() -> None:
-    share = sum(is_held_out(prompt_hash(f"prompt {i}"), 0.2) for i in range(5000)) / 5000
-    assert 0.18 < share < 0.22
+    for fold in (0, 4):
+        share = sum(is_held_out(prompt_hash(f"prompt {i}"), holding_out(0.2, fold)) for i in range(5000)) / 5000
+        assert 0.18 < share < 0.22
+
+
+@pytest.mark.parametrize("given", [{}, {"eval_split": "test"}, {"eval_fraction": 0.5}, {"eval_fraction": 0.4}])
+def test_a_fold_that_does_not_exist_is_refused(given) -> None:
+    with pytest.raises(ValidationError, match=r"eval_fold=2: eval_fraction=.* makes [12] fold"):
+        LanguageModelingDatasetConfig(dataset_name="rows.txt", eval_fold=2, **given)
 
 
 def test_who_is_held_out_is_the_same_on_every_machine() -> None:
