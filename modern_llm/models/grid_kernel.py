@@ -24,6 +24,9 @@ BLOCK = 256
 heads of 64 channels, 4 documents of 1,024 tokens in bf16, one core: 126 ms against 178 ms whole. Blocks of 128, in lines of 257
 to 512 too, were faster on one core (91 against 113 ms) and slower on two (the quickstart 9,500 against 11,300 tokens/s)."""
 
+AT_ONCE = 2**22
+"""Weights of a block, in lines that are not longer than this allows. What a block works with is two or three times as large."""
+
 
 def grid_attention(query: Tensor, key: Tensor, value: Tensor, grids: Grids, scaling: float, window: int | None) -> Tensor:
     """Causal attention inside each segment.
@@ -58,17 +61,23 @@ def _unstacked(x: Tensor, cells: Tensor, groups: int) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """Some queries of every line of a grid, and the keys that any of them may see."""
+    """Some queries of some lines of a grid, and the keys that any of them may see."""
 
+    lines: slice
     queries: slice
     keys: slice
     visible: Tensor
-    """(n or 1, queries, keys) bool."""
+    """(lines or 1, queries, keys) bool."""
+
+    def seen(self, x: Tensor, groups: int) -> Tensor:
+        """(n · K, W, D) → (lines · K, keys, D): what it sees of keys or values, not copied. K = groups."""
+        return x[self.lines.start * groups : self.lines.stop * groups, self.keys]
 
 
-def _blocks(grid: Grid, window: int | None) -> Iterator[_Block]:
-    """A grid in blocks of queries: without them half of the scores would be made to be hidden."""
-    width, seen = grid.queries.shape[1], grid.keys.shape[1]
+def _blocks(grid: Grid, heads: int, window: int | None) -> Iterator[_Block]:
+    """A grid in blocks of queries, without which half of the scores would be made to be hidden, and of as many lines as come
+    to `AT_ONCE` weights."""
+    lines, width, seen = *grid.queries.shape, grid.keys.shape[1]
     visible = grid.visible(window)
     fewest, most = (int(grid.shared.min()), int(grid.shared.max())) if grid.is_branch else (0, 0)
     size = BLOCK if width > 2 * BLOCK else width
@@ -76,11 +85,16 @@ def _blocks(grid: Grid, window: int | None) -> Iterator[_Block]:
         behind = min(start + size, width)
         first = 0 if window is None else min(max(0, fewest + start - window + 1), seen - 1)
         keys = slice(first, min(most + behind, seen))
-        yield _Block(slice(start, behind), keys, visible[:, start:behind, keys])
+        part = visible[:, start:behind, keys]
+        count = max(1, AT_ONCE // (heads * part[0].numel()))
+        for line in range(0, lines, count):
+            some = slice(line, min(line + count, lines))
+            yield _Block(some, slice(start, behind), keys, part[some] if grid.is_branch else part)
 
 
 def _num_weights(grid: Grid, heads: int, window: int | None) -> int:
-    return sum(len(grid.queries) * heads * block.visible[0].numel() for block in _blocks(grid, window))
+    every = (block.visible[0].numel() * (block.lines.stop - block.lines.start) for block in _blocks(grid, heads, window))
+    return heads * sum(every)
 
 
 def weights_are_kept(dtype: torch.dtype) -> bool:
@@ -88,14 +102,14 @@ def weights_are_kept(dtype: torch.dtype) -> bool:
     return torch.finfo(dtype).bits <= KEPT_BITS
 
 
-def _weights(q: Tensor, k: Tensor, visible: Tensor, lines: int, scaling: float, into: Tensor | None = None) -> Tensor:
-    """softmax(scaling · q kᵀ) over the visible keys: (n · K, H/K · Q, keys), written into the flat `into` if given.
+def _weights(q: Tensor, k: Tensor, block: _Block, scaling: float, into: Tensor | None = None) -> Tensor:
+    """softmax(scaling · q kᵀ) over the visible keys: (lines · K, H/K · Q, keys), written into the flat `into` if given.
 
-    q: (n · K, H/K · Q, D). k: (n · K, keys, D). visible: (n or 1, Q, keys) bool.
+    q: (lines · K, H/K · Q, D). k: (lines · K, keys, D).
     """
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
-    hidden = torch.zeros(1, dtype=scores.dtype).masked_fill(~visible, float("-inf"))
-    scores.view(lines, -1, *hidden.shape[1:]).add_(hidden[:, None])
+    hidden = torch.zeros(1, dtype=scores.dtype).masked_fill(~block.visible, float("-inf"))
+    scores.view(block.lines.stop - block.lines.start, -1, *hidden.shape[1:]).add_(hidden[:, None])
     return torch.softmax(scores, -1, out=scores if into is None else into.view_as(scores))
 
 
@@ -107,7 +121,8 @@ def _forward(
     """Returns what every token attended to, (T, H, V), and the weights of all blocks in one flat tensor, for the way back; an
     empty one where they are made again."""
     grids = Grids(shapes, queries, keys, shared, outputs)
-    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    heads, shares = query.shape[1], key.shape[1]
+    groups = heads // shares
     keep = weights_are_kept(query.dtype)
     kept = query.new_empty(sum(_num_weights(grid, heads, window or None) for grid in grids.each()) if keep else 0)
     out = query.new_empty(len(queries), heads, value.shape[2])
@@ -115,13 +130,13 @@ def _forward(
     for grid in grids.each():
         k, v = _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
         cells = torch.arange(cell, cell + grid.queries.numel()).view_as(grid.queries)
-        for block in _blocks(grid, window or None):
-            q = _stacked(query, grid.queries[:, block.queries], groups)
+        for block in _blocks(grid, heads, window or None):
+            q = _stacked(query, grid.queries[block.lines, block.queries], groups)
             size = q.shape[0] * q.shape[1] * block.visible.shape[2]
             into = kept[used : used + size] if keep else None
-            weights = _weights(q, k[:, block.keys], block.visible, len(grid.queries), scaling, into)
-            mine = cells[:, block.queries]
-            out[mine.flatten()] = _unstacked(torch.bmm(weights, v[:, block.keys]), mine, groups)
+            weights = _weights(q, block.seen(k, shares), block, scaling, into)
+            mine = cells[block.lines, block.queries]
+            out[mine.flatten()] = _unstacked(torch.bmm(weights, block.seen(v, shares)), mine, groups)
             used += size
         cell += grid.queries.numel()
     return out.index_select(0, outputs), kept
@@ -141,7 +156,8 @@ def _backward(
     """Gradients of query, key and value. A key gets its own from several blocks and, in a shared prompt, from several lines:
     they are added up in fp32."""
     grids = Grids(shapes, queries, keys, shared, outputs)
-    groups = query.shape[1] // key.shape[1]
+    heads, shares = query.shape[1], key.shape[1]
+    groups = heads // shares
     accumulate = torch.promote_types(query.dtype, torch.float32)
     grad_key, grad_value = torch.zeros_like(key, dtype=accumulate), torch.zeros_like(value, dtype=accumulate)
     grad_query = query.new_empty(len(queries), *query.shape[1:])
@@ -151,24 +167,25 @@ def _backward(
         k, v = _stacked(key, grid.keys, 1), _stacked(value, grid.keys, 1)
         grad_k, grad_v = torch.zeros_like(k, dtype=accumulate), torch.zeros_like(v, dtype=accumulate)
         cells = torch.arange(cell, cell + grid.queries.numel()).view_as(grid.queries)
-        for block in _blocks(grid, window or None):
-            mine = cells[:, block.queries]
+        for block in _blocks(grid, heads, window or None):
+            mine = cells[block.lines, block.queries]
             g = _stacked(grad_cells, mine, groups)
-            q = _stacked(query, grid.queries[:, block.queries], groups)
+            q = _stacked(query, grid.queries[block.lines, block.queries], groups)
+            seen_k, seen_v = block.seen(k, shares), block.seen(v, shares)
             if weights_are_kept(query.dtype):
                 size = q.shape[0] * q.shape[1] * block.visible.shape[2]
                 weights = kept[used : used + size].view(*q.shape[:2], -1)
                 used += size
             else:
-                weights = _weights(q, k[:, block.keys], block.visible, len(grid.queries), scaling)
-            grad_weights = torch.bmm(g, v[:, block.keys].transpose(1, 2))
+                weights = _weights(q, seen_k, block, scaling)
+            grad_weights = torch.bmm(g, seen_v.transpose(1, 2))
             # softmax backward: w · (g − Σ w g)
             softmax_backward = torch.ops.aten._softmax_backward_data.out
             grad_scores = softmax_backward(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
             grad_scores.mul_(scaling)
-            grad_query[mine.flatten()] = _unstacked(torch.bmm(grad_scores, k[:, block.keys]), mine, groups)
-            grad_k[:, block.keys] += torch.bmm(grad_scores.transpose(1, 2), q)
-            grad_v[:, block.keys] += torch.bmm(weights.transpose(1, 2), g)
+            grad_query[mine.flatten()] = _unstacked(torch.bmm(grad_scores, seen_k), mine, groups)
+            block.seen(grad_k, shares).add_(torch.bmm(grad_scores.transpose(1, 2), q))
+            block.seen(grad_v, shares).add_(torch.bmm(weights.transpose(1, 2), g))
         grad_key.index_add_(0, grid.keys.flatten(), _unstacked(grad_k, grid.keys, 1))
         grad_value.index_add_(0, grid.keys.flatten(), _unstacked(grad_v, grid.keys, 1))
         cell += grid.queries.numel()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig
 from modern_llm.losses.token_logprobs import SIZES
-from modern_llm.models.grid_kernel import weights_are_kept
+from modern_llm.models.grid_kernel import AT_ONCE, weights_are_kept
 from modern_llm.models.grids import LONG
 from modern_llm.products import onednn_is_faster
 from modern_llm.training.muon import working_bytes
@@ -168,12 +168,20 @@ class Estimate:
             if self.precision.itemsize == 2
             else 24 * self.hidden + 16 * q + 16 * k + 16 * f
         )
-        by_products = self.device == "cpu" and self.config.attention == "auto" and load.longest <= LONG
-        weights_kept = self.config.attention == "eager" or (by_products and weights_are_kept(self.precision))
-        return per_token * load.tokens + (self.weights_bytes(load) if weights_kept else 0)
+        weights_kept = self.config.attention == "eager" or (self._by_products(load) and weights_are_kept(self.precision))
+        return per_token * load.tokens + (self._attention_weights(load) if weights_kept else 0)
 
-    def weights_bytes(self, load: Load) -> int:
-        """Attention weights of one layer."""
+    def work_bytes(self, load: Load) -> int:
+        """What one layer works with in its backward pass: a copy of what it kept, and what it makes again."""
+        remade = self._by_products(load) and not weights_are_kept(self.precision)
+        # weights, their gradient, and a product of either
+        again = 3 * min(self._attention_weights(load), AT_ONCE * self.precision.itemsize) if remade else 0
+        return self.layer_bytes(load) + again
+
+    def _by_products(self, load: Load) -> bool:
+        return self.device == "cpu" and self.config.attention == "auto" and load.longest <= LONG
+
+    def _attention_weights(self, load: Load) -> int:
         return load.tokens * load.longest * self.shape.num_attention_heads * self.precision.itemsize
 
     def activation_bytes(self, load: Load) -> int:
@@ -184,7 +192,7 @@ class Estimate:
             recomputed = round(layers * (self.config.checkpointed_share or 1.0))
         kept = (layers - recomputed) * layer + recomputed * 4 * self.hidden * load.tokens
         copies = 2 * self.matrices if self.precision.itemsize == 2 else 0
-        return kept + layer + copies
+        return kept + self.work_bytes(load) + copies
 
     def head_bytes(self, load: Load) -> int:
         """What the output projection and the log-probs work with."""
@@ -209,7 +217,7 @@ class Estimate:
         if self._peaks_in_update(load):
             return {**held, "activations": 0, "head": 0, "update": self.update}
         if self._peaks_with_gradients(load):
-            return {**held, "activations": round(correction.share * self.layer_bytes(load)), "head": 0}
+            return {**held, "activations": round(correction.share * self.work_bytes(load)), "head": 0}
         if not load.several:
             held["gradients"] = 0  # they come while activations go
         return {**held, "activations": round(correction.share * self.activation_bytes(load)), "head": head}
@@ -231,7 +239,7 @@ class Estimate:
         """Whether what the optimizer works with is more than all that is needed before."""
         there = self.held["gradients"] if load.several else 0
         before = there + self.activation_bytes(load) + self.head_bytes(load)
-        return self.update > self.layer_bytes(load) and self.held["gradients"] + self.update > before
+        return self.update > self.work_bytes(load) and self.held["gradients"] + self.update > before
 
     def _peaks_with_gradients(self, load: Load) -> bool:
         """Whether the gradients that the only micro-batch of a step leaves behind are more than all it needed before."""

@@ -230,7 +230,7 @@ def test_activations_are_those_that_the_layers_keep(
     estimate = Estimate(model, config, precision, 0, False)
     load = Load(tokens=600, predicted=597, longest=200, several=False, pairs=False)
     # what one layer works with in its backward pass is in the estimate, and no saved tensor
-    assert estimate.activation_bytes(load) - estimate.layer_bytes(load) == pytest.approx(
+    assert estimate.activation_bytes(load) - estimate.work_bytes(load) == pytest.approx(
         kept(model, lengths, precision), rel=0.1
     )
 
