@@ -26,7 +26,7 @@ to 512 too, were faster on one core (91 against 113 ms) and slower on two (the q
 
 AT_ONCE = 2**21
 """Weights that are worked on at once; more where a single line has more. Measured, forward + backward of a layer, 6 heads of 64
-channels, 8 documents of 511 tokens, two cores of an EPYC of 2023 (Zen 4): in fp32 104 ms against 160 with all lines at once, in
+channels, 8 documents of 511 tokens, two cores of an EPYC (Zen 4): in fp32 104 ms against 160 with all lines at once, in
 bf16 54 against 57. Half and twice as many: 104 and 112, 55 and 53 ms."""
 
 
