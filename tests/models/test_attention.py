@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.layout import PackedRow
+from modern_llm.models import grid_kernel
 from modern_llm.models import grids as grids_module
 from modern_llm.models.attention import IMPLEMENTATIONS, _fused_attention, attention_layout, packed_attention
 from modern_llm.models.grid_kernel import _backward, _forward, grid_attention
@@ -74,14 +75,26 @@ def test_plain_products_equal_dense_masks_in_value_and_gradient(
     assert_equal(got, with_gradients(dense(given, visible(packed, window)), given))
 
 
-@given(drawn=SEGMENTS, window=st.sampled_from(WINDOWS), fullest=st.sampled_from([1.0, 1.3, 2.5, 1e9]))
-def test_any_row_in_any_grouping_equals_dense_masks(drawn: list[tuple[int, int]], window: int | None, fullest: float) -> None:
+@given(
+    drawn=SEGMENTS,
+    window=st.sampled_from(WINDOWS),
+    fullest=st.sampled_from([1.0, 1.3, 2.5, 1e9]),
+    at_once=st.sampled_from([1, 50, 2**21]),
+    block=st.sampled_from([1, 2, 256]),
+    kept_bits=st.sampled_from([16, 64]),
+)
+def test_any_row_in_any_grouping_equals_dense_masks(
+    drawn: list[tuple[int, int]], window: int | None, fullest: float, at_once: int, block: int, kept_bits: int
+) -> None:
+    """Also in blocks of few lines and few queries, and whether weights wait for the backward pass or are made again in it."""
     packed = laid(valid(drawn))
-    given = inputs(packed.num_tokens, (2, 1, 3, 2))
+    given = inputs(packed.num_tokens, (4, 2, 3, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grids_module, "FULLEST", fullest)
-        grids = lay_grids(packed)
-    got = with_gradients(grid_attention(*given.learned, grids, SCALING, window), given)
+        patch.setattr(grid_kernel, "AT_ONCE", at_once)
+        patch.setattr(grid_kernel, "BLOCK", block)
+        patch.setattr(grid_kernel, "KEPT_BITS", kept_bits)
+        got = with_gradients(grid_attention(*given.learned, lay_grids(packed), SCALING, window), given)
     assert_equal(got, with_gradients(dense(given, visible(packed, window)), given))
 
 
