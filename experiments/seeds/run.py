@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from modern_llm import PipelineConfig, PreferenceDatasetConfig, load_config, run_pipeline
+from modern_llm import PipelineConfig, load_config, run_pipeline
 from modern_llm.evaluation.heldout import wilson_interval
 from modern_llm.report.compare import curve, plot
 from modern_llm.report.table import COLUMNS, cell
@@ -23,12 +23,11 @@ def folder_of(config: PipelineConfig, seed: int) -> Path:
     return config.output_dir.with_name(f"{config.output_dir.name}-seed{seed}")
 
 
-def run_seed(config: PipelineConfig, seed: int, folds: bool) -> dict:
-    """Results of one seed."""
+def run_seed(config: PipelineConfig, seed: int, folds: int) -> dict:
+    """Results of one seed, which holds out one of so many folds of the pairs."""
     changed = config.model_dump(exclude_unset=True) | {"seed": seed, "output_dir": folder_of(config, seed)}
-    if folds:
-        data = changed["dpo"]["data"]
-        data["eval_fold"] = seed % PreferenceDatasetConfig.model_validate(data).folds
+    if folds > 1:
+        changed["dpo"]["data"]["eval_fold"] = seed % folds
     result = run_pipeline(PipelineConfig.model_validate(changed))
     return json.loads((result.report.parent / "results.json").read_text(encoding="utf-8"))
 
@@ -64,10 +63,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw held-out accuracy over the steps of preference training")
     arguments = parser.parse_args()
     config = load_config(PipelineConfig, arguments.config)
-    if arguments.folds and not (config.dpo is not None and config.dpo.data.folds > 1):
+    folds = config.dpo.data.folds if arguments.folds and config.dpo is not None else 1
+    if arguments.folds and folds == 1:
         parser.error(f"--folds: {arguments.config} holds out no such share of dpo.data that there is another (eval_fraction)")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.finished]
-    results += [run_seed(config, seed, arguments.folds) for seed in arguments.seeds]
+    results += [run_seed(config, seed, folds) for seed in arguments.seeds]
     print(f"\n{arguments.config}, seeds {', '.join(str(r['config']['seed']) for r in results)}: mean (lowest to highest)\n")
     print(pooled(results))
     print("\nminutes of training: " + ", ".join(f"{r['training_seconds'] / 60:.1f}" for r in results))
