@@ -16,8 +16,8 @@ from torch import Tensor
 from modern_llm.models.grids import Grid, Grids
 
 KEPT_BITS = 16
-"""Attention weights of types up to this width wait for the backward pass. Wider ones, which would take twice the memory, are made
-again there."""
+"""Attention weights of types up to this width wait for the backward pass. Wider ones, which would take twice the memory, are
+made again there."""
 
 BLOCK = 256
 """Queries of a line that are worked on at once, in lines of more than twice as many. Measured, forward + backward of a layer, 6
