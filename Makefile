@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu faults bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan check format docs clean
+.PHONY: quickstart test test-slow test-gpu golden faults bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,9 @@ test-slow: .venv/.installed-dev  ## the tests that take minutes
 
 test-gpu: .venv/.installed-dev  ## the tests of what only a GPU runs; all others hide the GPUs
 	TEST_ON_GPU=1 $(BIN)/python -m pytest tests/models/test_varlen.py
+
+golden: .venv/.installed-dev  ## record this machine's golden runs anew; look at the diff, and give the reason for it
+	$(BIN)/python tests/golden/runs.py
 
 faults: .venv/.installed-dev  ## runs killed, signalled, damaged and refused by the disk, hundreds of times; prints its counts
 	FAULT_KILLS=200 FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -s

@@ -34,3 +34,8 @@ BF16_EXPERTS = 1.5e-2
 BF16_CACHED_LOGPROB = 5e-3
 """Per token of an answer: reference log-probs out of the cache, asked in rows of another size, against live ones in bf16;
 measured up to 9e-4 (3 and 4 layers of 256 channels, on a CPU with AVX512-BF16)."""
+GOLDEN = 2e-5
+"""Of a logged number of at least 1 relative, of a smaller one absolute: 20 steps on another kind of processor. With torch's,
+oneDNN's and MKL's kernels held to SSE4.2 and AVX2 on one with AVX-512 the numbers of the golden runs moved by up to 4.7e-6."""
+GOLDEN_MUON = 5e-3
+"""The same with Muon, whose orthogonalisation is in bf16: other rounding moves an update by 2⁻⁹; measured up to 4.7e-4."""
