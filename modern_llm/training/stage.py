@@ -162,14 +162,15 @@ def train_stage(
             print(f"{config.run_name}: finished already: {final}", flush=True)
             return final
         state = None if found is None else load_state(found)
-        policy = _make_policy(model, config, data, device, drop_out, precision)
+        policy = _make_policy(opened, config, data, device, drop_out, precision)
         with _open_log(config, 0 if state is None else state["step"]) as log:
             _describe(log, policy, data, config, f"{device} {why}", found, damaged)
             log.message(_compile(policy, stage, config, data, precision))
             data = data if prepare is None else prepare(policy, data, precision, log)
             if found is not None:
                 _load_weights(model, found)
-            saver = Saver(model, tokenizer, {**record, "inputs": inputs, "key": key_of(inputs)}, config, log, found)
+            manifest = {**record, "inputs": inputs, "key": key_of(inputs)}
+            saver = Saver(model, tokenizer, manifest, config, log, opened.adapter_base, found)
             loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint, saver.check)
             if state is None:
                 preflight(policy, loop.objective, data, tokenizer, precision, config, log)
@@ -262,20 +263,23 @@ def _angles_change_beyond(config: PreTrainedConfig) -> int | None:
     return min((p.get("original_max_position_embeddings") or config.max_position_embeddings for p in turning), default=None)
 
 
-def _add_adapter(model: PreTrainedModel, config: TrainingConfig, drop_out: bool) -> None:
-    """Put the run's adapters into the model.
+def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> None:
+    """Put the run's adapters into the model, or back into it.
 
     Raises:
         UserError: a setting that would have no effect with them.
     """
     assert config.adapter is not None
+    assert opened.adapter is not None
     if config.adapter.dropout and not drop_out:
         raise UserError(
             f"adapter.dropout={config.adapter.dropout} has no effect where disable_dropout switches all dropout off: leave it "
             f"out, or set dpo_config.disable_dropout: false"
         )
-    add_adapter(model, config.adapter, config.seed)
-    ParameterGroups(model).check(config)
+    add_adapter(opened.model, opened.adapter, config.seed)
+    if opened.continued is not None:
+        load_adapter_weights(opened.model, opened.continued)
+    ParameterGroups(opened.model).check(config)
 
 
 def _load_weights(model: PreTrainedModel, found: Path) -> None:
@@ -287,15 +291,16 @@ def _load_weights(model: PreTrainedModel, found: Path) -> None:
 
 
 def _make_policy(
-    model: PreTrainedModel,
+    opened: Opened,
     config: TrainingConfig,
     data: PreparedData,
     device: torch.device,
     drop_out: bool,
     precision: torch.dtype,
 ) -> Policy:
+    model = opened.model
     if config.adapter is not None:
-        _add_adapter(model, config, drop_out)
+        _add_adapter(opened, config, drop_out)
     model.to(device)  # type: ignore[arg-type]
     if not drop_out:
         disable_dropout(model)
