@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from modern_llm import distributed
 from modern_llm.checkpoint import weights_hash
 from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
@@ -42,6 +43,7 @@ def open_new(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokeniz
     return Opened(model, tokenizer, tokenizer_name, weights_hash(model))
 
 
+@distributed.together  # a rank that cannot read it ends the others too
 def open_checkpoint(
     checkpoint: Path | str, tokenizer_name: str | None, field: str, adapter: AdapterConfig | None = None
 ) -> Opened:

@@ -65,10 +65,9 @@ def _table(examples: Mixture, reference: Policy, precision: torch.dtype, weights
         remove_litter_of_the_dead(folder)
     starts = range(0, len(examples), PART)
     mine = [start for number, start in enumerate(starts) if number % distributed.world_size() == distributed.rank()]
-    computed = _fill(folder, mine, examples, reference, precision)
-    distributed.wait_for_everyone()
+    computed = distributed.together(_fill)(folder, mine, examples, reference, precision)
     # what another rank wrote is missing here if the ranks do not share a file system
-    computed += _fill(folder, list(starts), examples, reference, precision)
+    computed += distributed.together(_fill)(folder, list(starts), examples, reference, precision)
     parts = [_read(folder / _name(start), min(PART, len(examples) - start)) for start in starts]
     found = [part for part in parts if part is not None]
     assert len(found) == len(parts), f"{folder}: a part vanished while it was read"

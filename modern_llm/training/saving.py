@@ -66,11 +66,14 @@ class Saver:
         Raises:
             StorageError: the checkpoint before could not be written, and `on_save_error` is `stop`.
         """
-        self.finish()
-        if distributed.is_main():
+
+        def begin() -> None:
+            self.finish()
             target = self.folder / f"step-{step:06d}"
             weights, kept = self._weights(), folders.copied(state)
             self.pending = self.thread.submit(self._write, target, weights, step, kept)
+
+        distributed.on_main(begin)()
 
     def check(self) -> None:
         """Raise what went wrong in the thread, if it is done; called after every step.
@@ -110,10 +113,12 @@ class Saver:
         Raises:
             StorageError: it could not be written.
         """
-        self.finish()
-        if distributed.is_main():
+
+        def write() -> None:
+            self.finish()
             self._write(target, self._weights(), self.config.max_steps)
-        distributed.wait_for_everyone()
+
+        distributed.on_main(write)()
 
     def _write(self, target: Path, weights: dict[str, Tensor], step: int | None, state: dict[str, Any] | None = None) -> None:
         manifest = {**self.record, "step": step, "run": self.config.run_name}

@@ -1,8 +1,9 @@
 """Opening and closing a run: what it is made of, whether it is done or begun, and what it leaves behind."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from modern_llm.training.inputs import key_of
 from modern_llm.training.loop import Loop
 from modern_llm.training.optim import ParameterGroups
 from modern_llm.training.preflight import longest_rows, preflight
-from modern_llm.training.resume import newest_checkpoint
+from modern_llm.training.resume import agreed_checkpoint
 from modern_llm.training.saving import Saver
 from modern_llm.training.speed import foreseen_seconds
 from modern_llm.training.stopping import StopRequest
@@ -156,8 +157,9 @@ def train_stage(
     assert config.output_dir is not None
     _check_model(model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
-    with only_writer(config.output_dir) if distributed.is_main() else nullcontext():
-        found, damaged = newest_checkpoint(final, record)
+    with ExitStack() as lock:
+        distributed.on_main(lock.enter_context)(only_writer(config.output_dir))
+        found, damaged = agreed_checkpoint(final, record)
         if found == final:
             print(f"{config.run_name}: finished already: {final}", flush=True)
             return final
@@ -195,8 +197,7 @@ def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, conclude: Con
         try:
             loop.run(stop)
         except Stopped as stopped:
-            saver.finish(must=True)
-            distributed.wait_for_everyone()  # a launcher ends all ranks as soon as one is gone
+            distributed.together(saver.finish)(must=True)  # a launcher ends all ranks as soon as one is gone
             loop.log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
             raise
         with loop.averaged_weights():
@@ -316,10 +317,14 @@ def _make_policy(
 
 
 def _compile(policy: Policy, stage: Stage, config: TrainingConfig, data: PreparedData, precision: torch.dtype) -> str:
-    """Compile the layers where that is wanted; a sentence for the log."""
+    """Compile the layers where that is wanted, on all ranks or on none; a sentence for the log."""
     if stage == "dpo" and config.compile == "auto":
         return "compile: off (auto: compiled layers round otherwise than those that the reference on disk was computed with)"
-    return compile_layers(policy, config.compile, foreseen_seconds(policy, data, config, precision))
+    foreseen = foreseen_seconds(policy, data, config, precision)
+    note = distributed.main_decides(compile_layers)(policy, config.compile, foreseen)
+    if not distributed.is_main():
+        compile_layers(policy, "on" if note.startswith("compile: on") else "off", foreseen)
+    return note
 
 
 def _describe(
@@ -344,9 +349,10 @@ def _describe(
     if config.micro_batch_tokens is not None:
         log.message(f"{config.max_steps} steps of {config.batch_size}, in micro-batches of {config.micro_batch_tokens} tokens")
     else:
+        parts = (config.micro_batch_size or 1, config.gradient_accumulation_steps or 1, distributed.world_size())
         log.message(
-            f"{config.max_steps} steps of {config.batch_size} = {config.micro_batch_size} × "
-            f"{config.gradient_accumulation_steps} × {distributed.world_size()} (micro-batch × accumulation × ranks)"
+            f"{config.max_steps} steps of {config.batch_size} {'=' if math.prod(parts) == config.batch_size else '≤'} "
+            f"{' × '.join(map(str, parts))} (micro-batch × accumulation × ranks)"
         )
     if resumed is not None:
         log.message(f"resuming from {resumed}")

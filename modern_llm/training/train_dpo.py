@@ -54,7 +54,7 @@ def run_dpo(
     Raises:
         UserError: a config, file or name that the user can put right.
     """
-    with distributed.process_group():
+    with distributed.process_group(train_config.parallel):
         check_early("dpo", train_config)
         dpo_config = dpo_config or DPOConfig()
         if train_config.adapter is not None and dpo_config.sync_ref_model:
