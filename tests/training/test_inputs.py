@@ -33,9 +33,19 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def config() -> PipelineConfig:
-    village = {"dataset_name": "builtin:village", "max_rows": 20}
-    return PipelineConfig.model_validate({"pretrain": {"data": village}, "sft": {"data": village}, "dpo": {"data": village}})
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    rows = {
+        "pretrain": {"text": "Anna bakes."},
+        "sft": {"prompt": "Who bakes?", "completion": "Anna."},
+        "dpo": {"prompt": "Who bakes?", "chosen": "Anna.", "rejected": "Nobody."},
+    }
+    content = {}
+    for stage, row in rows.items():
+        folder = tmp_path_factory.mktemp(stage)
+        write_jsonl(folder / "train.jsonl", [row] * 4)
+        write_jsonl(folder / "test.jsonl", [row] * 2)
+        content[stage] = {"data": {"dataset_name": str(folder), "max_rows": 20}}
+    return PipelineConfig.model_validate(content)
 
 
 def keys(config: PipelineConfig, start: Path, stages: Sequence[Stage] = STAGES) -> dict[str, str]:
