@@ -17,7 +17,7 @@ from modern_llm.config import UserError
 from modern_llm.config.base import one_line
 from modern_llm.config.io import read_json
 from modern_llm.foreign import INDEX
-from modern_llm.initial.architecture import BNB_4BIT, UNREADABLE, quantization_of, reason_of
+from modern_llm.initial.architecture import UNREADABLE, quantization_of, reason_of
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch's wrappers put into names, at any place."""
@@ -33,7 +33,7 @@ def load_weights(
     """Load a causal language model in fp32 from a folder or a hub id; safetensors only, no remote code.
 
     Names may have a prefix that wrappers leave (`_orig_mod.`, `module.`, `base_model.model.` …): it is taken off where that
-    makes all of them fit. Weights in bitsandbytes' 4 bits are unpacked.
+    makes all of them fit. Weights in bitsandbytes' 4 bits and in mxfp4 are unpacked.
 
     Args:
         name: folder or hub id.
@@ -54,8 +54,8 @@ def load_weights(
             break
     if problem:
         raise UserError(f"{where}: {problem}")
-    if quantization_of(config) == BNB_4BIT:
-        _unpack_4bit_(model)
+    if quantization_of(config) is not None:
+        _make_plain_(model)
         as_named = False
     if not as_named:  # transformers 5.23 saves under the names and in the form that were loaded; so, under those of its class
         model._weight_conversions = None  # type: ignore[assignment]
@@ -171,8 +171,8 @@ def _shared_parts(names: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _unpack_4bit_(model: PreTrainedModel) -> None:
-    """Put plain fp32 layers in place of bitsandbytes' 4-bit ones, with the weights that their codes stand for."""
+def _make_plain_(model: PreTrainedModel) -> None:
+    """Put fp32 layers in place of bitsandbytes' 4-bit ones, with the weights that their codes stand for; forget the packing."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import WINDOW, families, random_model
+from families import families, random_model
 from helpers import (
     ANSWERS,
     QUESTIONS,
@@ -301,16 +301,18 @@ def test_full_training_of_a_4_bit_checkpoint_gives_a_plain_one(tokenizer, data, 
 # Long rows
 
 
-def test_a_window_that_packing_does_not_know_is_found_in_rows_that_are_longer() -> None:
-    """Its model's own mask goes by the config; the packed attention reads the layer, which here says another window."""
-    model = sharpened(random_model(families()["gemma3"]))
-    for module in model.modules():
-        if isinstance(getattr(module, "sliding_window", None), int):
-            module.sliding_window = 4096
+def test_what_goes_by_the_place_in_a_row_beyond_a_dozen_tokens_is_found_and_runs_padded() -> None:
+    """A layer that scales what stands at place 40 and later: of a sequence in its own forward, of the whole row in a packed one."""
+    model = sharpened(random_model(families()["llama"]))
+
+    def scaled(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + (torch.arange(output.shape[1]) >= 40))[:, None]
+
+    model.model.layers[0].mlp.register_forward_hook(scaled)
     policy = Policy(model)
-    policy.check_rows([random_segment(0, WINDOW - 2)])
+    policy.check_rows([random_segment(0, 30)])
     assert policy.packs
-    policy.check_rows([random_segment(1, 3 * WINDOW), random_segment(2, 5)])
+    policy.check_rows([random_segment(1, 48), random_segment(2, 9)])
     assert not policy.packs
     assert policy.note is not None
     assert "cannot run on packed rows (its log-probs differ by" in policy.note

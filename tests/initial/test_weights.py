@@ -230,3 +230,35 @@ def test_bitsandbytes_4_bits_are_unpacked_to_the_weights_that_they_stand_for(kin
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
         assert torch.equal(again.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_mxfp4_is_unpacked_by_its_table_and_scales(tmp_path) -> None:
+    """OCP Microscaling formats 1.0, section 5.3.3: 4-bit floats (E2M1) times a power of two for each 32 of them."""
+    config = families()["gpt_oss"]
+    random_model(config).save_pretrained(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    expected: Weights = {}
+
+    def packed(weights: Weights) -> Weights:
+        found = dict(weights)
+        for name, tensor in weights.items():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                experts, inside, outside = tensor.shape  # stored the other way round: (experts, out, in / 32, 16 bytes)
+                codes = torch.randint(16, (experts, outside, inside), generator=draw)
+                scales = torch.randint(120, 127, (experts, outside, inside // 32), generator=draw)
+                pairs = codes.view(experts, outside, inside // 32, 16, 2)
+                del found[name]
+                found[f"{name}_blocks"] = (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
+                found[f"{name}_scales"] = scales.to(torch.uint8)
+                expected[name] = (values[codes] * 2.0 ** (scales - 127).repeat_interleave(32, 2)).transpose(1, 2)
+        return found
+
+    edit(tmp_path, packed, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
+    model = load_model(tmp_path)
+    assert len(expected) == 4
+    for name, tensor in expected.items():
+        assert torch.equal(dict(model.named_parameters())[name], tensor)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization" not in (tmp_path / "saved" / "config.json").read_text()
+    assert identical(dict(load_model(tmp_path / "saved").state_dict()), dict(model.state_dict()))
