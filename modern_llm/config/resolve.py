@@ -83,7 +83,7 @@ def filled_settings(config: TrainingConfig, stage: Stage) -> dict[str, Any]:
 
     Lengths stay in epochs where they were given so. Nothing is checked, and nothing depends on the ranks.
     """
-    filled = config.model_dump()
+    filled = dict(config)
     for name, value in STAGE_DEFAULTS[stage].items():
         if filled[name] is None:
             filled[name] = value
