@@ -16,6 +16,7 @@ from modern_llm.losses.token_logprobs import EachToken
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
 from modern_llm.models.linear import use_faster_products
 from modern_llm.models.routing import run_experts_in_autocast
+from modern_llm.models.vocabulary import free_padding_rows
 
 LOGPROBS = EachToken()
 """What a policy is asked for unless told otherwise."""
@@ -61,6 +62,7 @@ class Policy(nn.Module):
         """Whether its layers are compiled (`models.compilation`), which rounds otherwise."""
         self.note: str | None = None
         """A sentence for the log where it does not run in the fast way."""
+        free_padding_rows(model)
         run_experts_in_autocast(model)
         use_faster_products(model)
         self._choose_path()
