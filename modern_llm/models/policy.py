@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
 from modern_llm.layout import PackedRow, Segment, pack, sent
 from modern_llm.losses.summed_nll import SumOfTokens
 from modern_llm.losses.token_logprobs import EachToken
@@ -128,7 +129,17 @@ class Policy(nn.Module):
         was_training = self.model.training
         self.model.eval()
         segments, row = check_segments(self.model), check_row(self.model).to(self.device)
-        wanted = torch.cat([self._own_logprobs(segment) for segment in segments])
+        try:
+            wanted = torch.cat([self._own_logprobs(segment) for segment in segments])
+        except Exception as error:  # whatever a model's own code stumbles over
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            on = sorted({name.rpartition(".")[2] for name, m in self.model.named_modules() if hasattr(m, "lora_variant")})
+            adapters = f" with adapters on {', '.join(on)}" if on else ""
+            reason = one_line(f"{type(error).__name__}: {error}", 200)
+            raise UserError(
+                f"{name}{adapters} fails on {CHECK_LENGTHS[0]} tokens ({reason}): correct its config.json"
+            ) from error
         if not bool(wanted.isfinite().all()):
             raise UserError(f"the log-probs of this {name} are not finite, so its weights are damaged: use another checkpoint")
         heads = (True, False) if self._projection_is_last(torch.from_numpy(segments[0].ids)) else (False,)
