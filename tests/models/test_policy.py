@@ -13,6 +13,7 @@ from helpers import ARCHITECTURES, random_segment, relative_error, sample, sharp
 from layouts import apart, everything
 from tolerances import SPLIT_GRADIENT
 from transformers import (
+    AutoConfig,
     BloomConfig,
     CodeGenConfig,
     FalconConfig,
@@ -27,8 +28,10 @@ from transformers import (
 )
 
 from modern_llm.config import UserError
+from modern_llm.config.adapter import AdapterConfig
 from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
+from modern_llm.models.adapters import add_adapter
 from modern_llm.models.policy import Policy, disable_dropout
 
 LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": WINDOW}
@@ -201,6 +204,19 @@ def test_disable_dropout_makes_train_mode_equal_eval_mode(family: str) -> None:
         assert not torch.equal(policy.train()(row).logprobs, quiet), "dropout of 0.5 must show in train mode"
         disable_dropout(model)
         assert all(torch.equal(policy.train()(row).logprobs, quiet) for _ in range(8)), "a layer dropped now and then shows too"
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_model_that_fails_by_itself_is_one_line_with_its_own_reason(adapters: bool) -> None:
+    """Latent attention has as many keys as queries; this config says half."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    model = random_model(AutoConfig.for_model("deepseek_v3", **{**GROUPED, **latent, **experts}))
+    if adapters:
+        add_adapter(model, AdapterConfig(rank=4, target_modules=("o_proj",)), 0)
+    said = "DeepseekV3ForCausalLM with adapters on o_proj fails" if adapters else "DeepseekV3ForCausalLM fails"
+    with pytest.raises(UserError, match=rf"^{said} on 3 tokens \(RuntimeError: .*size of tensor.*\): correct its config.json$"):
+        Policy(model)
 
 
 def test_the_check_moves_no_random_state_and_leaves_the_mode(tokenizer: PreTrainedTokenizerFast) -> None:
