@@ -20,7 +20,7 @@ from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
-from modern_llm.models.adapter_folders import adapter_weights, load_adapter_weights, save_adapter
+from modern_llm.models.adapter_folders import AdapterBase, adapter_weights, load_adapter_weights, save_adapter
 from modern_llm.models.adapters import adapter_layers, adapters_off, add_adapter, keep_frozen_in, state_without_adapters
 from modern_llm.models.policy import Policy
 from modern_llm.precision import autocast
@@ -256,7 +256,7 @@ def test_every_family_trains_packed_and_merges_into_a_plain_folder_with_the_same
         assert Policy(model).packs
         folder = tmp_path / kind
         folder.mkdir()
-        save_adapter(model, adapter_weights(model), folder, folder, {"checkpoint": str(tmp_path / "base"), "weights": ""}, None)
+        save_adapter(model, adapter_weights(model), folder, folder, AdapterBase(str(tmp_path / "base"), "", None))
         merged = load_model(folder)
         assert not adapter_layers(merged)
         merged.save_pretrained(tmp_path / f"{kind}-merged")
@@ -298,8 +298,7 @@ def test_nf4_is_kept_in_4_bits_passes_the_policys_check_and_is_the_model_that_is
         adapter_weights(model),
         tmp_path / "adapter",
         tmp_path / "adapter",
-        {"checkpoint": str(start), "weights": ""},
-        "nf4",
+        AdapterBase(str(start), "", "nf4"),
     )
     del section["adapter"]["base_weights"]
     write_manifest(tmp_path / "adapter", section)
@@ -441,7 +440,7 @@ def test_an_adapter_on_a_tied_head_is_refused(tokenizer: PreTrainedTokenizerFast
 
 def test_adapter_weights_come_back_to_the_last_bit(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = adapted(tiny_model(tokenizer), kind="dora")
-    save_adapter(model, adapter_weights(model), tmp_path, tmp_path, {"checkpoint": "somebody/model", "weights": ""}, None)
+    save_adapter(model, adapter_weights(model), tmp_path, tmp_path, AdapterBase("somebody/model", "", None))
     other = adapted(tiny_model(tokenizer), trained=False, seed=9, kind="dora")
     load_adapter_weights(other, tmp_path)
     assert identical(adapter_weights(other), adapter_weights(model))
