@@ -37,6 +37,8 @@ def read_architecture(folder: Path, where: str) -> tuple[PreTrainedConfig, tuple
     except (OSError, *UNREADABLE) as error:
         raise UserError(f"{where}: holds no model that can be loaded: {reason_of(error)}") from None
     _check_kind(config, where)
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0  # type: ignore[attr-defined] - RWKV's, which changes the weights whenever the mode does
     method = quantization_of(config)
     if method == MXFP4:
         config.quantization_config = {**plain_settings(config.quantization_config), "dequantize": True}  # type: ignore[attr-defined]
