@@ -7,13 +7,9 @@ import sys
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Names of the C library's malloc.h."""
 
-CACHED_PRODUCTS = 64
-"""Shapes of products that are remembered with their kernels, at 0.65 MB each (torch 2.13). Rows of documents bring new shapes
-all the time, and what is kept for them lies scattered over the heap: 4 layers of 192 channels took 1.09 GiB after 70 steps with
-the second of `CACHES` at its default of 1,024, and 0.73 GiB so, at the same rate."""
-
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Environment variables of oneDNN itself and of ideep, through which torch calls it."""
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 256, "LRU_CACHE_CAPACITY": 1}
+"""Environment variables of oneDNN itself and of ideep, through which torch calls it: for how many shapes of products a compiled
+kernel is kept, about 1.2 MB each. FIGURES"""
 
 
 def steady_memory() -> None:
@@ -24,8 +20,8 @@ def steady_memory() -> None:
 
 def bound_cached_products() -> None:
     """Let fewer kernels be kept, unless the user's environment says how many. It is asked once, at the first product."""
-    for name in CACHES:
-        os.environ.setdefault(name, str(CACHED_PRODUCTS))
+    for name, capacity in CACHES.items():
+        os.environ.setdefault(name, str(capacity))
 
 
 def keep_freed_memory() -> None:

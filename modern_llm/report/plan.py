@@ -180,6 +180,8 @@ class _Planner:
         self.data = prepare(stage, self.arguments, tokenizer)
         self.data_config = section.data
         self.config = resolve(given, stage, whole.ranks, self.data.train.epoch_size)
+        if self.config.micro_batch_size is not None:  # no pass is larger than what one process has of a step
+            self.config = self._with_micro_batch(min(self.config.micro_batch_size, self._share()))
         if self.config.max_steps is None:
             raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
         device = distributed.device()

@@ -101,7 +101,8 @@ def arguments_for_rehearsal(
         batch_size: sequences or pairs of a step.
     """
     short = {
-        "batch_size": batch_size, "gradient_accumulation_steps": None, "max_steps": 2 * num_steps, "num_epochs": None,
+        "batch_size": batch_size, "micro_batch_size": train.micro_batch_size and min(train.micro_batch_size, batch_size),
+        "gradient_accumulation_steps": None, "max_steps": 2 * num_steps, "num_epochs": None,
         "warmup_steps": 0, "log_every": num_steps, "save_every": NEVER, "eval_every": None, "report_to": (), "run_name": None,
         "output_dir": folder / "run", "dataset_name": None,
     }  # fmt: skip

@@ -155,6 +155,9 @@ def test_fit_takes_the_largest_micro_batch_that_divides_the_batch_and_fits(
     monkeypatch.setattr(planning, "machine_memory", lambda device: Machine(2**40, 2**40))
     assert plan(config, measure=False, fit=True).stages[0].micro_batch_size == 12
     assert plan(config, measure=False, fit=True, ranks=3).stages[0].micro_batch_size == 4  # of a rank's share
+    assert plan(config, measure=False, fit=True, ranks=5).stages[0].micro_batch_size == 3  # which two ranks do not fill
+    whole = pipeline(tmp_path, start, batch_size=12, micro_batch_size=12, mixed_precision="fp32")
+    assert plan(whole, measure=False, ranks=5).stages[0].micro_batch_size == 3
     tokens = pipeline(tmp_path, start, micro_batch_size=None, micro_batch_tokens=64)
     with pytest.raises(UserError, match="micro_batch_tokens=64 decides the micro-batches"):
         plan(tokens, measure=False, fit=True)

@@ -2,18 +2,19 @@
 
     make bench-kernel-cache
 
-oneDNN compiles a kernel for every shape of matrix product and keeps the newest ones: `CACHED_PRODUCTS` of
-`modern_llm/allocator.py` says how many. Too few, and each layer of a step compiles anew what the layer before it used; too
-many, and the heap grows with every new shape. Here a random Qwen3 (4 layers of 192 channels, 8,192 words) takes 300 steps of
-AdamW, on documents (8 of 16 to 512 tokens a step) and on preference pairs (16 a step: prompts of 16 to 256 tokens, answers of 8
-to 128), in a process for each capacity; bf16 where the processor has it. The first step has the longest rows of all, so what
-grows later is no larger row. A capacity is good if resident memory grows by at most 2 % from step 100 to step 300 and its peak
-is at most 1.2 times that of the smallest capacity, on both kinds of rows. The last line is one JSON object:
+oneDNN compiles a kernel for every shape of matrix product and keeps the newest ones; ideep, through which torch calls it, keeps
+them too, for each thread; `CACHES` of `modern_llm/allocator.py` says how many. Too few, and each layer of a step compiles anew
+what the layer before it used; too many, and memory grows with every new shape. Here a random Qwen3 (4 layers of 192 channels,
+8,192 words) takes 300 steps of AdamW, on documents (8 of 16 to 512 tokens a step) and on preference pairs (8 a step: prompts of
+16 to 256 tokens, answers of 8 to 128), in a process for each capacity; bf16 where the processor has it. The first step has the
+longest rows of all, so what grows later is no larger row. A capacity is good if resident memory grows by at most 2 % from step
+100 to step 300 and its peak is at most 1.2 times that of 64 in both caches, on both kinds of rows. The last line is one JSON
+object:
 
-    growth     resident memory after the last step to that after the first third, minus 1
-    peak_ratio peak of resident memory to that of the smallest capacity
-    step_seconds median over the steps after the first third
-    best       the largest good capacity
+    growth        resident memory after the last step to that after the first third, minus 1
+    peak_ratio    peak of resident memory to that of 64 in both
+    step_seconds  median over the steps after the first third; cpu_seconds: of the processor, which others on it do not change
+    best          the largest good capacity of oneDNN's own cache
 """
 
 import argparse
@@ -34,6 +35,7 @@ from common.machine import circumstances, load_now
 
 KINDS = ("documents", "pairs")
 MOST_GROWTH, MOST_PEAK = 0.02, 1.2
+BEFORE = (64, 64)
 WORDS = 8192
 
 
@@ -50,7 +52,7 @@ def examples_of(kind: str, step: int) -> list[Any]:
         return high if step == 0 else int(rng.integers(low, high + 1))
 
     found = []
-    for row in range(8 if kind == "documents" else 16):
+    for row in range(8):
         if kind == "documents":
             ids = rng.integers(0, WORDS, length(16, 512)).astype(np.int32)
             found.append(Example((Segment(ids, np.ones(len(ids), dtype=bool)),), row))
@@ -117,21 +119,23 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
     }
 
 
-def run(kind: str, capacity: int, steps: int) -> dict[str, Any]:
-    """A fresh process with room for so many kernels."""
+def run(kind: str, capacities: tuple[int, int], steps: int) -> dict[str, Any]:
+    """A fresh process with room for so many kernels in oneDNN's cache and in ideep's."""
     from modern_llm.allocator import CACHES
 
-    environment = {**os.environ, **dict.fromkeys(CACHES, str(capacity)), "CUDA_VISIBLE_DEVICES": ""}
+    set_here = {name: str(capacity) for name, capacity in zip(CACHES, capacities, strict=True)}
+    environment = {**os.environ, **set_here, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, "--steps", str(steps), "--only", kind]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{kind}, {capacity} kernels:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{kind}, {capacities} kernels:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capacities", type=int, nargs="+", default=[64, 256, 512, 1024])
+    parser.add_argument("--capacities", type=int, nargs="+", default=[64, 256, 512, 1024], help="of oneDNN's own cache")
+    parser.add_argument("--ideep", type=int, default=1, help="capacity of ideep's cache beside each of them")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", choices=KINDS, help="one measurement in this process, as JSON (used by itself)")
     given = parser.parse_args()
@@ -140,21 +144,22 @@ def main() -> None:
     if given.only:
         print(json.dumps(measure(given.only, given.steps)))
         return
-    load, found = load_now(), {}
-    good = set(given.capacities)
-    print("| rows | kernels kept | GiB at a third | at the end | growth | peak | to the smallest | s a step |")
-    print("|---|---|---|---|---|---|---|---|")
+    load, good = load_now(), set(given.capacities)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    heads = ("rows", "oneDNN + ideep", "GiB at a third", "at the end", "growth", "peak", "to 64 + 64", "s a step", "of the CPU")
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
     for kind in KINDS:
         found[kind] = {}
-        for capacity in sorted(given.capacities):
-            one = found[kind][str(capacity)] = run(kind, capacity, given.steps)
-            smallest = found[kind][str(min(given.capacities))]
-            one["peak_ratio"] = round(one["peak_gib"] / smallest["peak_gib"], 3)
+        for capacities in (BEFORE, *((capacity, given.ideep) for capacity in sorted(given.capacities))):
+            name = " + ".join(map(str, capacities))
+            one = found[kind][name] = run(kind, capacities, given.steps)
+            one["peak_ratio"] = round(one["peak_gib"] / found[kind]["64 + 64"]["peak_gib"], 3)
             if one["growth"] > MOST_GROWTH or one["peak_ratio"] > MOST_PEAK:
-                good.discard(capacity)
+                good.discard(capacities[0] if capacities != BEFORE else 0)
             print(
-                f"| {kind} | {capacity:,} | {one['first_third_gib']:.3f} | {one['last_gib']:.3f} | {one['growth']:.1%} | "
-                f"{one['peak_gib']:.3f} | {one['peak_ratio']:.2f} | {one['step_seconds']:.3f} |",
+                f"| {kind} | {name} | {one['first_third_gib']:.3f} | {one['last_gib']:.3f} | {one['growth']:.1%} | "
+                f"{one['peak_gib']:.3f} | {one['peak_ratio']:.2f} | {one['step_seconds']:.3f} | {one['cpu_seconds']:.3f} |",
                 flush=True,
             )
     result = {"bench": "kernel_cache", **found, "best": max(good, default=None), "steps": given.steps}
