@@ -5,11 +5,13 @@ recurrence blows up rounding shows it. So a path may be off by a small multiple 
 samples and the same processor. A wrong mask, position or head is off by far more, which `test_policy.py` shows.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import oracle
+import pytest
 import torch
 from helpers import relative_error
 from tolerances import GRADIENT, TIMES_OWN, TOKEN_LOGPROB
@@ -44,22 +46,18 @@ class Plain(nn.Module):
 
 
 def truth_of(model: PreTrainedModel, samples: Sequence[Sample], factors: Tensor | None = None) -> Truth:
-    """Ask the oracle, and the model itself in fp32.
+    """Ask the oracle, and the same plain model in fp32.
 
     Args:
-        model: not in a policy yet, which changes its attention; its gradients are gone afterwards.
+        model: not in a policy yet, which changes its attention.
         samples: for the oracle.
         factors: of the log-probs in the sum whose gradient is taken; None: 1.
     """
-    slow = oracle.float64_copy(model)
-    was_training = model.training
     asked = []
-    for one in (slow, model.eval()):
+    for one in (oracle.float64_copy(model), oracle.float64_copy(model).float()):
         logprobs = torch.stack([value for sample in samples for value in oracle.token_logprobs(one, sample)])
         loss = (logprobs * (1 if factors is None else factors.to(logprobs))).sum()
         asked.append((logprobs.detach().double(), oracle.gradients(one, loss)))
-    model.train(was_training)
-    model.zero_grad()
     (wanted, gradients), (plain, plain_gradients) = asked
     return Truth(
         wanted,
@@ -67,3 +65,42 @@ def truth_of(model: PreTrainedModel, samples: Sequence[Sample], factors: Tensor 
         TOKEN_LOGPROB + TIMES_OWN * float((plain - wanted).abs().max()),
         GRADIENT + TIMES_OWN * relative_error(plain_gradients, gradients),
     )
+
+
+def errors_of(slow: PreTrainedModel, sample: Sample, precision: torch.dtype) -> list[float]:
+    """How far each log-prob of the plain model is from its float64 copy's."""
+    plain = Plain(copy.deepcopy(slow).float(), precision)
+    with torch.no_grad():
+        pairs = zip(oracle.token_logprobs(plain, sample), oracle.token_logprobs(slow, sample), strict=True)
+        return [abs(float(rounded) - float(exact)) for rounded, exact in pairs]
+
+
+def loss_rounding(
+    loss: Callable[[PreTrainedModel, Any], Tensor], slow: PreTrainedModel, batch: Any, precision: torch.dtype
+) -> float:
+    """What a loss is off by if no two errors of log-probs cancel: Σ |∂loss/∂log-prob| · |error of the plain model's|.
+
+    A reference's log-probs count like the policy's of the same tokens, from which they are subtracted.
+
+    Args:
+        loss: of the oracle, by model and batch.
+        slow: the policy in float64.
+        batch: of an optimizer step.
+        precision: of the plain models.
+    """
+    original = oracle.token_scores
+    asked: list[tuple[PreTrainedModel, Sample, list[Tensor]]] = []
+
+    def noted(model: PreTrainedModel, sample: Sample) -> list[tuple[Tensor, Tensor]]:
+        found = [(value.detach().requires_grad_(torch.is_grad_enabled()), other) for value, other in original(model, sample)]
+        asked.append((model, sample, [value for value, _ in found]))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "token_scores", noted)
+        loss(slow, batch).backward()
+    pulls = {str(sample): [abs(float(v.grad)) for v in values] for model, sample, values in asked if model is slow}
+    total = 0.0
+    for model, sample, _ in asked:
+        total += sum(pull * error for pull, error in zip(pulls[str(sample)], errors_of(model, sample, precision), strict=True))
+    return total
