@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import stopped_after_first_save, write_jsonl
+from helpers import made_once, stopped_after_first_save, write_jsonl
 
 from modern_llm import PipelineConfig, cli, load_config, run_pipeline
 from modern_llm.checkpoint import read_manifest
@@ -48,12 +48,14 @@ def config_in(folder: Path, **changes: Any) -> PipelineConfig:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A pipeline that has run; copy before changing."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_jsonl(folder / "text.jsonl", [{"text": chat["completion"] * 8} for chat in CHATS])
-    write_jsonl(folder / "chats.jsonl", CHATS)
-    write_jsonl(folder / "pairs.jsonl", PAIRS)
-    run_pipeline(config_in(folder))
-    return folder
+
+    def make(folder: Path) -> None:
+        write_jsonl(folder / "text.jsonl", [{"text": chat["completion"] * 8} for chat in CHATS])
+        write_jsonl(folder / "chats.jsonl", CHATS)
+        write_jsonl(folder / "pairs.jsonl", PAIRS)
+        run_pipeline(config_in(folder))
+
+    return made_once(tmp_path_factory, "finished_pipeline", make)
 
 
 @pytest.fixture

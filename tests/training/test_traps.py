@@ -24,6 +24,7 @@ from helpers import (
     identical,
     largest_difference,
     logged,
+    made_once,
     make_loop,
     metric_lines,
     random_examples,
@@ -159,9 +160,7 @@ def test_trap_02_the_last_partial_window_of_an_epoch_is_the_full_batch_gradient_
 @pytest.fixture(scope="module")
 def two_ranks(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two gloo processes ran a loop over two examples and an SFT run over five rows."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_both(folder, start)
-    return folder
+    return made_once(tmp_path_factory, "ranks", lambda folder: run_both(folder, start))
 
 
 @pytest.fixture(scope="module")
@@ -272,18 +271,22 @@ def with_cached_reference(policy: Policy, examples: list[Example], precision: to
     return with_reference(PreparedData(mixture_of(examples), mixture_of([])), policy, precision)[0].train
 
 
-@pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("family", sorted(families().keys() - {"phimoe"}))  # which draws its experts at random in train mode
-def test_trap_06_every_family_starts_at_ln_2_with_a_gradient(family: str, micro: int) -> None:
-    """In train mode, with dropout 0.1 in the config, and with a reference that was asked in rows of other sizes."""
+def test_trap_06_every_family_starts_at_ln_2_with_a_gradient(family: str) -> None:
+    """In train mode, with dropout 0.1 in the config, and with a reference that was asked in rows of other sizes: log-ratios are
+    0 but for what the model itself rounds."""
     model = sharpened(random_model(families(0.1)[family]), 2.0)
     disable_dropout(model)
+    slow = oracle.float64_copy(model)
+    own = [sum(sum(errors_of(slow, sample(s), torch.float32)) for s in example.segments) for example in pair_examples()]
     policy, objective = Policy(model).train(), PreferenceObjective(DPOConfig())
     examples = with_cached_reference(policy, pair_examples(), torch.float32)
-    for batch in micro_batches(examples, micro):
+    for batch in itertools.chain(micro_batches(examples, 1), micro_batches(examples, 4)):
         outcome = objective(policy, batch)
-        assert outcome.terms["sigmoid"].total.item() / len(batch.row_ids) == pytest.approx(math.log(2), abs=LN_2)
-        assert outcome.metrics["rewards/margins"].item() == pytest.approx(0.0, abs=2 * LN_2)
+        pairs = len(batch.row_ids)
+        allowed = 2 * LN_2 + TIMES_OWN_NORM * objective.config.beta * sum(own[row] for row in batch.row_ids) / pairs
+        assert outcome.metrics["rewards/margins"].item() / pairs == pytest.approx(0.0, abs=allowed)
+        assert outcome.terms["sigmoid"].total.item() / pairs == pytest.approx(math.log(2), abs=allowed / 2)
         outcome.terms["sigmoid"].total.backward()
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
 
