@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modern_llm.checkpoint import read_manifest, sha256_of_file
 from modern_llm.config import AdapterConfig, UserError
@@ -244,8 +244,6 @@ def merge(base: PreTrainedModel, folder: Path, field: str, below: AdaptersBelow 
         except (ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{where}: these adapters do not fit the model under them: {reason}") from None
-    if (folder / GENERATION).is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(str(folder))
     return merged.requires_grad_(True)
 
 
