@@ -41,7 +41,7 @@ _SIZES: dict[int, str] = {
         embedding_dim router_hidden_size backbone_hidden_size pronunciation_embed_dim shape_embed_dim""",
     64: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner dim_ff dff ffn_hidden_size feed_forward_size mlp_dim
         intermediate_size_mlp dense_intermediate_size shared_intermediate_size mamba_d_ssm block_multiple_of""",
-    16: """moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size
+    16: """index_n_heads moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size
         moe_shared_expert_intermediate_size prefix_dense_intermediate_size q_lora_rank kv_lora_rank o_lora_rank
         sliding_window sliding_window_size window_size local_attention attention_chunk_size attention_window_size
         local_attention_window_len chunk_size mamba_chunk_size block_size rel_extent keep_window_size patch_size hc_lowrank
@@ -52,7 +52,7 @@ _SIZES: dict[int, str] = {
         num_codebooks linear_num_key_heads n_group num_expert_group o_groups heads_per_ngram split_ngram_parts index_topk_blocks""",
     HEADS: """num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads
         num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads linear_num_heads
-        num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num index_n_heads
+        num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num
         centroid_intermediate_top_k d_rel""",
     HEAD_DIM: """head_dim swa_head_dim kv_channels dim_head attention_head_size qk_rope_head_dim qk_nope_head_dim v_head_dim
         index_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim state_size mamba_d_state ssm_state_size
@@ -90,10 +90,12 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         **{f"swa_{name}": size for name, size in SMALL_MLA.items()},
     },
+    "minicpm3": {"dim_model_base": 16},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "cohere_compass_text": {
         "layer_types": SLIDING_AND_FULL, "rope_parameters": {"full_attention": None, "sliding_attention": ROPE | {"mrope_section": [2, 1, 1]}},
     },
+    "doge": {"keep_window_size": POSITIONS},  # equal tokens tie in its choice of keys, and where it is cut depends on the row's length
     "gemma3n_text": SHARED_KEYS | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": 64},
     "gemma4_text": SHARED_KEYS | {"global_head_dim": 16},
     "gemma4_unified_text": SHARED_KEYS | {"global_head_dim": 16},
@@ -140,11 +142,31 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     return cls(**_small(cls, cls(), changes))
 
 
-def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
-    """Return a random fp32 model of a family, always the same, in eval mode; no global random state moves."""
+def tiny_model(family: str, tied: bool | None = None) -> PreTrainedModel:
+    """Return a random fp32 model of a family, always the same, in eval mode; no global random state moves.
+
+    Args:
+        family: one of `FAMILIES`.
+        tied: whether the output projection is the embedding. None: as is usual in the family.
+    """
+    config = tiny_config(family)
+    for part in (config, config.get_text_config()) if tied is not None else ():
+        part.tie_word_embeddings = tied
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return _as_trained(model)
+
+
+@torch.no_grad()
+def _as_trained(model: PreTrainedModel) -> PreTrainedModel:
+    """Give each weight values that differ: as they are drawn, some factors are zero, and what they multiply has no effect."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and parameter.min() < parameter.max():
+            parameter.mul_(2.0)  # fresh weights make nearly uniform attention, in which a wrong mask hides
+        else:
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
 
 
 def _small(cls: type[PreTrainedConfig], default: PreTrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +185,8 @@ def _small(cls: type[PreTrainedConfig], default: PreTrainedConfig, changes: dict
             small[name] = type(value)(**_small(type(value), value, {}))
         elif isinstance(value, int) and not isinstance(value, bool) and name in SIZE_OF:
             small[name] = min(value, SIZE_OF[name])
+        elif isinstance(value, float) and "drop" in name:
+            small[name] = 0.0
         elif name in ("bos_token_id", "eos_token_id", "pad_token_id") and isinstance(value, int | list):
             small[name] = value if isinstance(value, int) and 0 <= value < VOCAB else _no_token(fields[name])
     if "kv_lora_rank" in names and "num_key_value_heads" in names:

@@ -1,0 +1,132 @@
+"""Checks of every family of transformers' causal language models, and the table of the docs that they make.
+
+python tests/families_sweep.py              # every family; writes docs/families.md
+python tests/families_sweep.py llama gemma4 # these alone; writes nothing
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+import torch
+from every_family import FAMILIES, NOT_BUILT
+from family_checks import check_damages, check_intact, check_published, check_training, facts
+from helpers import tiny_tokenizer
+
+from modern_llm.data.store import CACHE_VARIABLE
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+SECONDS, BYTES = 300, 12 * 2**30
+"""Limits of one family."""
+HEADER = """# Model families
+
+Every family of transformers' causal language models ({version}), as a random model of two layers or a few more, so that each kind
+of layer that the family has is there. Made by `make families`, which takes about half an hour; do not edit.
+
+Each is saved, loaded and compared; damaged in every way that its folder allows (a prefix on all names, a tensor left out, a layer
+more or less in the settings than in the file, no head, a reward model), after which it must load right or be refused with the name of
+a tensor; compared with the unwrapped model in float64, log-probs and gradients, on rows longer than its windows; and trained for
+two steps in full and with adapters at their default settings, whose folders are loaded again.
+
+`+decoder` is an encoder whose config says `is_decoder`. Rows: packed, or padded with one line for each sequence. Adapters: how many
+layers get one, and which linear layers get none.
+"""
+
+
+class Line(NamedTuple):
+    """What is known of a family in the end."""
+
+    family: str
+    model: str
+    runs: str
+    adapters: str
+    tested: str
+    faults: Sequence[str] = ()
+
+
+def check(family: str) -> Line:
+    """All checks of a family, in a process of its own."""
+    if family in NOT_BUILT:
+        return Line(family, "", f"not built: {NOT_BUILT[family]}", "", "")
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(SECONDS)
+    with tempfile.TemporaryDirectory() as name, open(os.devnull, "w") as nowhere:
+        folder = Path(name)
+        os.environ[CACHE_VARIABLE] = str(folder / "cache")
+        tokenizer = tiny_tokenizer()
+        try:
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                known = facts(family, folder / "start", tokenizer)
+                check_intact(known)
+                check_damages(known, family, tokenizer, folder)
+                check_published(known, family, tokenizer, folder)
+                check_training(known, folder, tokenizer)
+        except Exception as error:
+            return Line(family, "", "", "", "", [f"the check itself: {type(error).__name__}: {error}"])
+    tested = ", ".join(known.tested)
+    return Line(family, type(known.model).__name__, known.runs, known.adapters, tested, known.faults)
+
+
+def _too_long(*seen: object) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def page(lines: Sequence[Line]) -> str:
+    import transformers
+
+    table = ["| family | model | rows | adapters | tested |", "|---|---|---|---|---|"]
+    for line in lines:
+        if line.family not in NOT_BUILT:
+            cells = (
+                line.family,
+                line.model,
+                line.runs,
+                line.adapters,
+                "; ".join(["**wrong**", *line.faults]) if line.faults else line.tested,
+            )
+            table.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    reasons = [f"| {family} | {reason} |" for family, reason in NOT_BUILT.items()]
+    parts = (
+        HEADER.format(version=transformers.__version__),
+        *table,
+        "\n## Not built\n",
+        "| family | reason |",
+        "|---|---|",
+        *reasons,
+    )
+    return "\n".join(parts) + "\n"
+
+
+def main(families: Sequence[str]) -> int:
+    """Check families, several at a time; the exit code is 1 where something is wrong."""
+    lines = []
+    context = multiprocessing.get_context("fork")
+    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        for line in pool.imap(check, families or FAMILIES):
+            lines.append(line)
+            print(
+                f"{'WRONG' if line.faults else 'right'} {line.family}: {line.runs or '-'}; adapters: {line.adapters or '-'}",
+                flush=True,
+            )
+            for fault in line.faults:
+                print(f"      {fault}", flush=True)
+    if not families:
+        PAGE.write_text(page(lines), encoding="utf-8")
+    wrong = sum(bool(line.faults) for line in lines)
+    print(f"{len(lines) - wrong} right, {wrong} wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
