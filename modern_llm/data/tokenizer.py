@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modern_llm.checkpoint import atomic_folder, read_manifest
+from modern_llm.checkpoint import atomic_folder
 from modern_llm.config import UserError
 from modern_llm.data.encoder_workers import CHARACTERS_BEFORE_WORKERS, encode_batches
 from modern_llm.data.word_cache import WordCache
@@ -115,31 +115,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     with atomic_folder(folder) as scratch:
         tokenizer.save_pretrained(scratch)
     return folder
-
-
-def checkpoint_tokenizer(checkpoint: Path | str, tokenizer_name: str | None, field: str) -> tuple[PreTrainedTokenizerFast, str]:
-    """The tokenizer of a starting checkpoint, and the name to record for it.
-
-    Args:
-        checkpoint: the starting checkpoint.
-        tokenizer_name: what the user asked for. None, or the name that the checkpoint records, needs no look-up; any other
-            is loaded and compared by content.
-        field: name of the checkpoint's argument, for errors.
-
-    Raises:
-        UserError: the named tokenizer is not the checkpoint's.
-    """
-    own = load_tokenizer(checkpoint, field)
-    recorded = (read_manifest(checkpoint) or {}).get("tokenizer_name") or str(checkpoint)
-    if tokenizer_name is None or tokenizer_name in (recorded, str(checkpoint)):
-        return own, recorded
-    other = load_tokenizer(tokenizer_name)
-    if tokenizer_fingerprint(other) != tokenizer_fingerprint(own):
-        raise UserError(
-            f"tokenizer_name={tokenizer_name!r} ({len(other)} tokens) is not the tokenizer of {field}={str(checkpoint)!r} "
-            f"({len(own)} tokens, {recorded!r}): leave tokenizer_name out"
-        )
-    return own, recorded
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -12,11 +12,10 @@ from modern_llm import checkpoint as folders
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig
 from modern_llm.exit_codes import StorageError
+from modern_llm.initial.handoff import end_token_ids
 from modern_llm.metrics import RunLog
 from modern_llm.models.adapter_folders import adapter_weights, save_adapter
 from modern_llm.models.adapters import adapter_layers
-from modern_llm.models.build import make_savable
-from modern_llm.training.contract import end_token_ids
 
 
 class Saver:
@@ -46,7 +45,6 @@ class Saver:
         self.folder = config.output_dir / "checkpoints"
         self.last_saved = last_saved
         self.pending: Future[None] | None = None
-        make_savable(model)
         assert model.generation_config is not None
         model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
         model.generation_config.pad_token_id = tokenizer.eos_token_id

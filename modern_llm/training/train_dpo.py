@@ -19,6 +19,7 @@ from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.evaluation.drift import kl_on_prompts
 from modern_llm.evaluation.generation import Answer, Ask, answer_logprobs
+from modern_llm.initial.opened import open_checkpoint
 from modern_llm.metrics import RunLog
 from modern_llm.models.adapters import adapter_layers, adapters_off, keep_frozen_in
 from modern_llm.models.policy import Policy, frozen
@@ -26,7 +27,7 @@ from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
 from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.loop import Loop
-from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, open_reference, train_stage
+from modern_llm.training.stage import check_early, dataset_or_default, open_reference, train_stage
 
 __all__ = ["DPOConfig", "PreferenceDatasetConfig", "run_dpo"]
 
@@ -63,26 +64,24 @@ def run_dpo(
             )
         preference_config = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
-        model, tokenizer, recorded_name = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config)
+        opened = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config.adapter)
+        encoder = ChatEncoder(opened.tokenizer)
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
-        named = open_reference(dpo_config, tokenizer)
+        named = open_reference(dpo_config, opened.tokenizer, opened.tokenizer_name)
         objective = PreferenceObjective(dpo_config)
         reference = Reference(objective, named, sft_checkpoint, tokenizer_name)
-        data = prepare_preferences(preference_config, dpo_config, ChatEncoder(tokenizer))
+        data = prepare_preferences(preference_config, dpo_config, encoder)
         return train_stage(
             stage="dpo",
             config=train_config,
             sections=sections,
             inputs=stage_inputs("dpo", train_config, sections, sft_checkpoint),
-            model=model,
-            tokenizer=tokenizer,
-            tokenizer_name=recorded_name,
+            opened=opened,
             data=data,
             objective=objective,
-            parent=sft_checkpoint,
             drop_out=not dpo_config.disable_dropout,
             prepare=reference.ask,
-            conclude=partial(reference.drift, ChatEncoder(tokenizer)) if data.evaluation else None,
+            conclude=partial(reference.drift, encoder) if data.evaluation else None,
             reference_weights=None if named is None else weights_hash(named),
         )
 
@@ -147,7 +146,7 @@ class Reference:
 
             yield without_adapters
         else:
-            model, _, _ = open_checkpoint(self.start, self.tokenizer_name, "sft_checkpoint")
+            model = open_checkpoint(self.start, self.tokenizer_name, "sft_checkpoint").model
             model.requires_grad_(False)
             if precision != torch.float32:
                 keep_frozen_in(model, precision)  # half the memory, and the same numbers

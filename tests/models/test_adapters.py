@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from modern_llm.checkpoint import weights_hash, write_manifest
 from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
 from modern_llm.models.adapter_folders import adapter_weights, load_adapter_weights, save_adapter
 from modern_llm.models.adapters import adapter_layers, adapters_off, add_adapter, keep_frozen_in, state_without_adapters
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy
 from modern_llm.precision import autocast
 

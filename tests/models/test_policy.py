@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from modern_llm.config import UserError
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy, disable_dropout
 
 LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": WINDOW}

@@ -45,7 +45,7 @@ from modern_llm.checkpoint import read_manifest, verify
 from modern_llm.cli import parse
 from modern_llm.config import UserError, resolve
 from modern_llm.config.commands import SFTArguments
-from modern_llm.models.build import load_model, start_hash
+from modern_llm.initial.checkpoint import load_model, read_initial
 from modern_llm.models.policy import Policy
 
 LORA = AdapterConfig(rank=4, alpha=8)
@@ -285,7 +285,7 @@ def test_the_hash_of_a_start_with_adapters_does_not_depend_on_how_a_machine_roun
         for parameter in elsewhere.parameters():
             parameter.mul_(1 + 1e-7)
     assert manifest is not None
-    assert start_hash(tuned, elsewhere) == manifest["adapter"]["base_weights"] == manifest["start_weights"]
+    assert read_initial(tuned).hash_of(elsewhere) == manifest["adapter"]["base_weights"] == manifest["start_weights"]
     assert read_manifest(tuned)["weights"] == manifest["start_weights"]  # type: ignore[index]
 
 

@@ -13,9 +13,9 @@ from modern_llm import AdapterConfig, DPOConfig, PreferenceDatasetConfig, Traini
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.preference_datasets import held_out_pairs
 from modern_llm.evaluation.drift import NEW_TOKENS
-from modern_llm.models.build import load_model
+from modern_llm.initial.checkpoint import load_model
+from modern_llm.initial.handoff import end_token_ids
 from modern_llm.models.policy import context_length
-from modern_llm.training.contract import end_token_ids
 
 CONTEXT = 64
 """Tokens; the longest prompts leave less room than `NEW_TOKENS`."""

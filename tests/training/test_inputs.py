@@ -13,8 +13,9 @@ from modern_llm.config import DPOConfig, PipelineConfig
 from modern_llm.config.base import StrictModel
 from modern_llm.config.training import Stage
 from modern_llm.data.tokenizer import train_tokenizer
+from modern_llm.initial.checkpoint import identity
 from modern_llm.pipeline import sections_of
-from modern_llm.training.inputs import code_version, identity, key_of, stage_inputs
+from modern_llm.training.inputs import code_version, key_of, stage_inputs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "pipeline.md"
 STAGES: tuple[Stage, ...] = ("pretrain", "sft", "dpo")

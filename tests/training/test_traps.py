@@ -73,8 +73,8 @@ from modern_llm.data.messages import Pair
 from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example, PreparedData, mixture_of
 from modern_llm.data.store import CACHE_VARIABLE
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import Segment, pack
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy, disable_dropout, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.answers import answer_scores
