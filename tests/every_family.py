@@ -95,7 +95,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "layer_types": SLIDING_AND_FULL, "rope_parameters": {"full_attention": None, "sliding_attention": ROPE | {"mrope_section": [2, 1, 1]}},
     },
-    "doge": {"keep_window_size": POSITIONS},  # equal tokens tie in its choice of keys, and where it is cut depends on the row's length
+    "doge": {"keep_window_size": POSITIONS},  # equal tokens tie in its choice of keys, and ties break by the row's length
     "gemma3n_text": SHARED_KEYS | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": 64},
     "gemma4_text": SHARED_KEYS | {"global_head_dim": 16},
     "gemma4_unified_text": SHARED_KEYS | {"global_head_dim": 16},
@@ -161,7 +161,7 @@ def tiny_model(family: str, tied: bool | None = None) -> PreTrainedModel:
 @torch.no_grad()
 def _as_trained(model: PreTrainedModel) -> PreTrainedModel:
     """Give each weight values that differ: as they are drawn, some factors are zero, and what they multiply has no effect."""
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.ndim >= 2 and parameter.min() < parameter.max():
             parameter.mul_(2.0)  # fresh weights make nearly uniform attention, in which a wrong mask hides
         else:

@@ -1,7 +1,7 @@
 """What a family's folder must do: load as it is, be refused or mended when it is damaged, and train as float64 says.
 
-Every check returns the faults it found, as sentences; none is right. What is expected comes from transformers alone: its loading
-report, and the unwrapped model in float64.
+Checks write the faults that they find into `Facts.faults`, a sentence each. What is expected comes from transformers alone: from
+its loading report and from the unwrapped model in float64.
 """
 
 import copy
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import torch
 from every_family import tiny_config, tiny_model
-from helpers import ANSWERS, QUESTIONS, chat, logged, random_segment, recorded_loops, relative_error, sample, write_jsonl
+from helpers import ANSWERS, QUESTIONS, chat, logged, recorded_loops, relative_error, sample, write_jsonl
 from layouts import everything
 from safetensors.torch import load_file, save_file
 from tolerances import GRADIENT, LOSS, TOKEN_LOGPROB
@@ -33,19 +34,19 @@ from transformers.pytorch_utils import Conv1D
 
 from modern_llm import AdapterConfig, InstructionDatasetConfig, TrainingConfig, run_sft
 from modern_llm.config import UserError
-from modern_llm.layout import pack
+from modern_llm.initial.checkpoint import load_model
+from modern_llm.layout import Segment, pack
 from modern_llm.models.adapters import add_adapter
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy
 
 Weights = dict[str, Tensor]
 Settings = dict[str, Any]
 
 ROUNDING = 4.0
-"""How much further than the unwrapped fp32 model the fast path may be from float64: both add up the same terms in another order,
-which moves a sum by about as much again."""
+"""How many times as far as the unwrapped fp32 model the fast path may be from float64: both add up the same terms, in other
+orders, so they are off by about as much."""
 LOGITS = 1e-5
-"""Relative to the largest: the trained model against what is loaded from its folder. Merged adapters are another order of sums."""
+"""Relative to the largest: the trained model against what is loaded from its folder; merged adapters are another order of sums."""
 LATER = ("later", "future", "causal", "ahead", "bidirectional")
 """Words of which a refusal of a model that sees later tokens has one."""
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
@@ -70,6 +71,8 @@ class Facts:
 
 
 PROBE = torch.randint(5, 256, (1, 40), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(0, 256, (8, 40), generator=torch.Generator().manual_seed(2))
+"""Enough for each expert to get some."""
 
 
 @torch.no_grad()
@@ -175,6 +178,8 @@ def damages(weights: Weights, settings: Settings, head: set[str], width: int) ->
         changed = with_layers(settings, step, fields)
         if fields:
             yield Damage(f"{name} in the settings", weights, changed, names=frozenset(fields))
+    if isinstance(rows := settings.get("vocab_size"), int):
+        yield Damage("more rows in the settings", weights, settings | {"vocab_size": rows + 8}, names=frozenset({"vocab_size"}))
     body = {n: t for n, t in weights.items() if n not in head}
     if head:
         yield Damage("no head", body, settings, names=frozenset(head))
@@ -183,6 +188,7 @@ def damages(weights: Weights, settings: Settings, head: set[str], width: int) ->
 
 
 LAYERS = re.compile(r"(num_(hidden_|decoder_|encoder_)?layers|n_layers?|(en|de)coder_layers|num_layers_per_stack|num_blocks)$")
+PER_LAYER = re.compile("layer|types|intermediate_size|pattern")
 OTHER_SENSES = ("vision", "audio", "encoder", "decoder", "vq", "depth")
 """Sections of a config whose layers are not the language model's."""
 
@@ -195,7 +201,7 @@ def with_layers(settings: Settings, step: int, fields: set[str]) -> Settings:
     for name, value in settings.items():
         if name in counts:
             value += step
-        elif isinstance(value, list) and len(value) in counts.values() and ("layer" in name or "types" in name):
+        elif isinstance(value, list) and len(value) in counts.values() and PER_LAYER.search(name):
             fields.add(name)
             value = [*value, value[-1]] if step > 0 else value[:-1]
         elif isinstance(value, dict) and not name.startswith(OTHER_SENSES):
@@ -234,7 +240,7 @@ def _check(damage: Damage, model: PreTrainedModel, whole: Path, folder: Path, kn
             known.faults.append(f"{damage.name}: {kind}: {words}")
     elif kind != "refused":
         known.faults.append(f"{damage.name}: {kind}{': ' if words else ''}{words}")
-    elif not any(name in words for name in damage.names | (report(folder) or set())):
+    elif (complaints := report(folder)) is not None and not any(name in words for name in damage.names | complaints):
         known.faults.append(f"{damage.name}: refused without the name of a tensor: {words}")
     known.tested.append(damage.name)
 
@@ -371,9 +377,10 @@ def model_draws(model: PreTrainedModel) -> bool:
 
 
 def check_adapters(known: Facts, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """With default settings each adapter learns; or one line names the setting that is needed."""
+    """With default settings each linear layer that learns gets an adapter, and each adapter learns; or one line says which
+    setting is needed."""
     try:
-        still, count, without = idle_adapters(known)
+        check_placement(known)
         final = train(known.folder, folder / "lora", adapter=AdapterConfig())
     except UserError as error:
         known.adapters = f"refused: {error}"
@@ -383,23 +390,46 @@ def check_adapters(known: Facts, folder: Path, tokenizer: PreTrainedTokenizerFas
     except Exception as error:
         known.faults.append(f"adapters: traceback: {type(error).__name__}: {error}")
         return
-    known.adapters = f"{count} layers" + (f"; not: {', '.join(without)}" if without else "")
-    if still:
-        known.faults.append(f"adapters that never move: {', '.join(still)}")
     check_result(known, final, tokenizer, "with adapters")
 
 
-def idle_adapters(known: Facts) -> tuple[list[str], int, list[str]]:
-    """Adapters that a gradient never reaches, the count of layers with one, and linear layers without; numbers as `N`."""
+def check_placement(known: Facts) -> None:
+    """Compare the layers that get an adapter with the linear layers that learn in the unwrapped model."""
+    linear, learning = linear_layers(known.model)
     model = load_model(known.folder)
-    head = model.get_output_embeddings()
-    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     add_adapter(model, AdapterConfig(), 0)
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_variant")}
-    scores = Policy(model).train()(pack([random_segment(i, 40) for i in range(8)])).logprobs
+    row = pack([Segment(ids, np.ones(len(ids), dtype=bool)) for ids in TOKENS.numpy()])
+    scores = Policy(model).train()(row).logprobs
     (scores * torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     still = [n for n, p in model.named_parameters() if "lora_B" in n and (p.grad is None or not p.grad.any())]
-    return kinds(still), len(adapted), kinds(linear - adapted)
+    for what, names in (
+        ("linear layers without an adapter", learning - adapted),
+        ("adapters on what is no linear layer", adapted - linear),
+        ("adapters that never move", still),
+    ):
+        if names:
+            known.faults.append(f"{what}: {', '.join(kinds(names))}")
+    idle = kinds(linear - adapted - learning)
+    known.adapters = f"{len(adapted)} layers" + (f"; not {', '.join(idle)}" if idle else "")
+
+
+def linear_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """Names of the linear layers beside the head, and of those that do a plain product whose weight gets a gradient."""
+    model, called = copy.deepcopy(model), set()
+    head = model.get_output_embeddings()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *seen, name=name: called.add(name))
+    logprobs = model(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)
+    (logprobs * torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    plain = (nn.Linear.forward, Conv1D.forward)
+    learning = {n for n, m in layers.items() if n in called and type(m).forward in plain and _has_gradient(m.weight)}
+    return set(layers), learning
+
+
+def _has_gradient(weight: Tensor) -> bool:
+    return weight.grad is not None and bool(weight.grad.any())
 
 
 def kinds(names: Iterable[str]) -> list[str]:
