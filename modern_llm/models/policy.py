@@ -258,8 +258,8 @@ def refuse_seeing_ahead(model: PreTrainedModel) -> None:
     if moved > max(AHEAD_SPREAD * spread, AHEAD_FLOOR * float(first.abs().max())):
         raise UserError(
             f"this {type(model).__name__} sees later tokens (changing the last of {len(ids)} moves the logits before it by "
-            f"{moved:.2g}), so it would learn to copy the answer: start from a causal model (config.json: is_decoder, is_causal, "
-            f"use_bidirectional_attention)"
+            f"{moved:.2g}), so it would learn to copy the answer: start from a causal model (see is_decoder, is_causal and "
+            f"use_bidirectional_attention in config.json)"
         )
 
 
