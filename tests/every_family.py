@@ -36,34 +36,35 @@ FAMILIES: tuple[str, ...] = (
 
 _SIZES: dict[int, str] = {
     VOCAB: "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab",
-    WIDTH: """hidden_size d_model n_embd emb_dim embed_dim embedding_size input_embedding_size output_embedding_size lru_width
-        word_embed_proj_dim hidden_size_global text_hidden_size out_hidden_size projection_dim hidden_dim output_dim
+    WIDTH: """hidden_size d_model n_embd emb_dim embed_dim embedding_size input_embedding_size output_embedding_size
+        lru_width word_embed_proj_dim hidden_size_global text_hidden_size out_hidden_size projection_dim hidden_dim output_dim
         embedding_dim router_hidden_size backbone_hidden_size pronunciation_embed_dim shape_embed_dim""",
-    64: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner dim_ff dff ffn_hidden_size feed_forward_size mlp_dim
-        intermediate_size_mlp dense_intermediate_size shared_intermediate_size mamba_d_ssm block_multiple_of""",
-    16: """index_n_heads moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size
+    64: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner dim_ff dff ffn_hidden_size feed_forward_size
+        mlp_dim intermediate_size_mlp dense_intermediate_size shared_intermediate_size mamba_d_ssm block_multiple_of""",
+    16: """moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size
         moe_shared_expert_intermediate_size prefix_dense_intermediate_size q_lora_rank kv_lora_rank o_lora_rank
         sliding_window sliding_window_size window_size local_attention attention_chunk_size attention_window_size
-        local_attention_window_len chunk_size mamba_chunk_size block_size rel_extent keep_window_size patch_size hc_lowrank
+        local_attention_window_len chunk_size mamba_chunk_size block_size rel_extent patch_size hc_lowrank index_n_heads
         n_mel_bins num_mel_bins gated_norm_rank laurel_rank adapter_rank hidden_size_per_layer_input floor_scale
-        local_attn_chunk_length lsh_attn_chunk_length position_bias_num_buckets num_buckets num_centroids""",
-    2: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers depth
-        num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok moe_k moe_topk top_k_experts n_groups
-        num_codebooks linear_num_key_heads n_group num_expert_group o_groups heads_per_ngram split_ngram_parts index_topk_blocks""",
+        local_attn_chunk_length lsh_attn_chunk_length position_bias_num_buckets num_buckets""",
+    2: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers
+        depth num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok moe_k moe_topk top_k_experts
+        n_groups num_codebooks linear_num_key_heads n_group num_expert_group o_groups heads_per_ngram split_ngram_parts
+        index_topk_blocks""",
     HEADS: """num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads
-        num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads linear_num_heads
-        num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num
-        centroid_intermediate_top_k d_rel""",
+        num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads
+        linear_num_heads num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num d_rel""",
     HEAD_DIM: """head_dim swa_head_dim kv_channels dim_head attention_head_size qk_rope_head_dim qk_nope_head_dim v_head_dim
         index_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim state_size mamba_d_state ssm_state_size
         mamba_n_heads mamba_num_heads mamba_head_dim index_topk rotary_dim index_block_size prompt_types segment_types
         query_pre_attn_scalar prompt_length""",
     POSITIONS: """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length model_max_length
-        original_max_position_embeddings""",
+        original_max_position_embeddings keep_window_size""",
     1: "first_k_dense_replace num_dense_layers topk_group attn_layer_offset num_nextn_predict_layers",
 }  # fmt: skip
 SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
-"""Size of each field that is called so, wherever a config has it and its default is not None."""
+"""Size of each field that is called so, wherever a config has it and its default is not None. `keep_window_size` and
+`index_n_heads` are large for a tiny model: equal scores tie in a choice of keys, and torch breaks ties by the row's length."""
 
 UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": 2, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
 """Size of fields that some classes leave at None, although their models need one."""
@@ -75,27 +76,22 @@ INDEXER = {
 SHARED_KEYS = {"layer_types": SLIDING_AND_FULL * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
 """Layers that take keys and values from one before them."""
 SMALL_MLA = {
-    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 16,
-    "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
 }  # fmt: skip
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "layer_types": SLIDING_AND_FULL,
+        "rope_parameters": {"full_attention": None, "sliding_attention": ROPE | {"mrope_section": [2, 1, 1]}},
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 64, "moe_top_k": 2},
     },
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    "dots3_note_text": {"head_dim": 16, **SMALL_MLA},
     "dots3_note_vision_encoder": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
-    "dots3_note_text": {
-        "head_dim": 16,
-        **{f"swa_{name}": size for name, size in SMALL_MLA.items()},
-    },
-    "minicpm3": {"dim_model_base": 16},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
-    "cohere_compass_text": {
-        "layer_types": SLIDING_AND_FULL, "rope_parameters": {"full_attention": None, "sliding_attention": ROPE | {"mrope_section": [2, 1, 1]}},
-    },
-    "doge": {"keep_window_size": POSITIONS},  # equal tokens tie in its choice of keys, and ties break by the row's length
     "gemma3n_text": SHARED_KEYS | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": 64},
     "gemma4_text": SHARED_KEYS | {"global_head_dim": 16},
     "gemma4_unified_text": SHARED_KEYS | {"global_head_dim": 16},
@@ -109,6 +105,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8},
     "mellum": {"layer_types": SLIDING_AND_FULL},
+    "minicpm3": {"dim_model_base": 16},
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"],
     },
@@ -117,9 +114,11 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": True, "attn_layers": ["local", "lsh"], "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16],
     },
+    "rwkv": {"rescale_every": 1},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": WINDOW},
 }  # fmt: skip
 """{model type: fields} that the rule above gets wrong, also of the configs inside others."""

@@ -29,16 +29,16 @@ SECONDS, BYTES = 300, 12 * 2**30
 """Limits of one family."""
 HEADER = """# Model families
 
-Every family of transformers' causal language models ({version}), as a random model of two layers or a few more, so that each kind
-of layer that the family has is there. Made by `make families`, which takes about half an hour; do not edit.
+Every family of the causal language models of transformers {version}, as a random model 32 wide in which each kind of layer of the
+family is there. Made by `make families`; do not edit.
 
-Each is saved, loaded and compared; damaged in every way that its folder allows (a prefix on all names, a tensor left out, a layer
-more or less in the settings than in the file, no head, a reward model), after which it must load right or be refused with the name of
-a tensor; compared with the unwrapped model in float64, log-probs and gradients, on rows longer than its windows; and trained for
-two steps in full and with adapters at their default settings, whose folders are loaded again.
+Each is saved, loaded and compared. Its folder is damaged in every way that it allows (a prefix on all names, a tensor left out,
+layers or rows more or less in the settings than in the file, no head, a reward model), and must then load right or be refused
+with the name of a tensor. Log-probs and gradients are compared with those of the unwrapped model in float64. It is trained for
+two steps, in full and with adapters at their default settings, and what the run left is loaded and compared with what it trained.
 
-`+decoder` is an encoder whose config says `is_decoder`. Rows: packed, or padded with one line for each sequence. Adapters: how many
-layers get one, and which linear layers get none.
+`+decoder`: an encoder whose config says `is_decoder`. Rows: packed, or padded to one line for each sequence. Adapters: how many
+layers get one; after "not", linear layers that text never reaches.
 """
 
 
