@@ -81,6 +81,7 @@ SMALL_MLA = {
 }  # fmt: skip
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    **dict.fromkeys(("blt", "blt_local_encoder", "blt_local_decoder", "blt_patcher"), {"vocab_size": VOCAB}),
     "cohere_compass_text": {
         "layer_types": SLIDING_AND_FULL,
         "rope_parameters": {"full_attention": None, "sliding_attention": ROPE | {"mrope_section": [2, 1, 1]}},
@@ -119,6 +120,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": WINDOW},
 }  # fmt: skip
 """{model type: fields} that the rule above gets wrong, also of the configs inside others."""

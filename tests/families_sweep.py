@@ -29,13 +29,14 @@ SECONDS, BYTES = 300, 12 * 2**30
 """Limits of one family."""
 HEADER = """# Model families
 
-Every family of the causal language models of transformers {version}, as a random model 32 wide in which each kind of layer of the
-family is there. Made by `make families`; do not edit.
+Every family of the causal language models of transformers {version}, as a random model 32 wide in which each kind of layer of
+the family is there. Made by `make families`; do not edit.
 
-Each is saved, loaded and compared. Its folder is damaged in every way that it allows (a prefix on all names, a tensor left out,
-layers or rows more or less in the settings than in the file, no head, a reward model), and must then load right or be refused
-with the name of a tensor. Log-probs and gradients are compared with those of the unwrapped model in float64. It is trained for
-two steps, in full and with adapters at their default settings, and what the run left is loaded and compared with what it trained.
+Each is saved, loaded and compared. Its folder is damaged in every way that it allows (a prefix on all names, a tensor left
+out, layers or rows more or less in the settings than in the file, no head, a reward model), and must then load right or be
+refused with the name of a tensor. Log-probs and gradients are compared with those of the unwrapped model in float64. It is
+trained for two steps, in full and with adapters at their default settings, and what the run left is loaded and compared with
+what it trained.
 
 `+decoder`: an encoder whose config says `is_decoder`. Rows: packed, or padded to one line for each sequence. Adapters: how many
 layers get one; after "not", linear layers that text never reaches.
