@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu golden faults families bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan check format docs clean
+.PHONY: quickstart test test-slow test-gpu golden faults families bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -66,6 +66,9 @@ bench-head: .venv/.installed  ## log-probs from hidden states: ours, torch's, pl
 
 bench-plan: .venv/.installed  ## memory and time as `plan` foresees them, against five runs; the last line is JSON
 	$(BIN)/python experiments/benchmarks/plan/run.py $(ARGS)
+
+bench-kernel-cache: .venv/.installed  ## memory and speed by the number of kernels that oneDNN keeps; the last line is JSON
+	$(BIN)/python experiments/benchmarks/kernel_cache/run.py $(ARGS)
 
 check: .venv/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

@@ -65,20 +65,19 @@ def run_pipeline(pipeline_config: PipelineConfig) -> PipelineResult:
         GateError: a stage's metric is outside its limit; the report is written, later stages did not run.
         Stopped: the run was asked to stop; the same call goes on.
     """
-    with distributed.process_group():  # joined once for all stages
+    every = [pipeline_config.training(stage).parallel for stage in pipeline_config.stages()]
+    longest = max(every, key=lambda parallel: parallel.timeout_minutes)
+    with distributed.process_group(longest):  # joined once for all stages
         progress = _Progress(pipeline_config)
         start: Path | str | None = pipeline_config.start_checkpoint
         for stage in pipeline_config.stages():
             before, start = start, _run_stage(progress, stage, start)
-            missed: list[str] = []
-            if distributed.is_main():
-                with distributed.alone():
-                    missed = _measure(progress, stage, before)
-            if found := distributed.everyone_hears("\n".join(missed)):
-                _report(progress)
-                raise GateError(found)
-        report = _report(progress)
-        return PipelineResult(progress.checkpoints, progress.metrics, report)
+            missed = distributed.main_decides(_measure)(progress, stage, before)
+            if missed:
+                distributed.on_main(_report)(progress)
+                raise GateError(missed)
+        distributed.on_main(_report)(progress)
+        return PipelineResult(progress.checkpoints, progress.metrics, _report_file(progress))
 
 
 def plan_pipeline(pipeline_config: PipelineConfig) -> list[Decision]:
@@ -116,17 +115,14 @@ def _run_stage(progress: _Progress, stage: Stage, start: Path | str | None) -> P
     """The stage's final checkpoint: one that is there, or a new one."""
     config, began = progress.config, time.perf_counter()
     train = _within_time(progress, stage)
-    final = None
-    if distributed.is_main():
+
+    def decided() -> str:
         decision = _decide(config, stage, start)
         print(decision, flush=True)
-        final = settle(decision, train)
-    distributed.wait_for_everyone()
-    if final is None and not distributed.is_main():
-        decision = _decide(config, stage, start)  # as the main rank left it
-        final = decision.found if decision.action == "reuse" else None
-    if final is None:
-        final = _train(config, stage, train, start)
+        return str(settle(decision, train) or "")
+
+    found = distributed.main_decides(decided)()
+    final = Path(found) if found else _train(config, stage, train, start)
     progress.training_seconds += time.perf_counter() - began
     progress.checkpoints[stage] = final
     return final
@@ -142,7 +138,7 @@ def _within_time(progress: _Progress, stage: Stage) -> TrainingConfig:
     if limit is None:
         return train
     mine = limit - (time.monotonic() - progress.began) / 60
-    left = float(distributed.everyone_hears(str(mine)))  # one clock, or a rank may stop where the others go on
+    left = float(distributed.main_decides(str)(mine))  # one clock, or a rank may stop where the others go on
     if left <= 0:
         raise Stopped(f"max_minutes={limit:g}: stopped before {stage}")
     return train.model_copy(update={"max_minutes": min(left, train.max_minutes or left)})
@@ -160,8 +156,8 @@ def _train(config: PipelineConfig, stage: Stage, train: TrainingConfig, start: P
     return run_dpo(start, train, config.dpo.dpo, config.dpo.data)
 
 
-def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> list[str]:
-    """Measure a stage's checkpoint, or find what was measured before; returns a sentence for each gate that it misses.
+def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> str:
+    """Measure a stage's checkpoint, or find what was measured before; returns a line for each gate that it misses.
 
     Args:
         progress: of the pipeline.
@@ -181,7 +177,7 @@ def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> lis
         known = {"of": measured, "metrics": metrics, "baselines": progress.data.baselines}
         write_text(file, json.dumps(known, indent=2) + "\n")
     progress.metrics[stage], progress.baselines = known["metrics"], known["baselines"]
-    return config.missed(stage, known["metrics"])
+    return "\n".join(config.missed(stage, known["metrics"]))
 
 
 def _measured_of(config: PipelineConfig, checkpoint: Path, anchor: Path | str | None) -> dict[str, Any]:
@@ -210,23 +206,23 @@ def _known(file: Path, measured: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _report(progress: _Progress) -> Path:
-    """Print the table of what was measured and write the report, on the main rank; where it is."""
-    config, path = progress.config, progress.config.output_dir / "results.md"
-    if distributed.is_main():
-        show(progress.metrics)
-        write_report(
-            path,
-            {
-                "config": plain(config),
-                "checkpoints": {stage: str(folder) for stage, folder in progress.checkpoints.items()},
-                "stages": progress.metrics,
-                "baselines": progress.baselines,
-                "training_seconds": round(progress.training_seconds, 1),
-            },
-        )
-        for stage, folder in progress.checkpoints.items():
-            print(f"{stage:>9}  {folder}")
-        print(f"{'table':>9}  {path}")
-    distributed.wait_for_everyone()
-    return path
+def _report_file(progress: _Progress) -> Path:
+    return progress.config.output_dir / "results.md"
+
+
+def _report(progress: _Progress) -> None:
+    """Print the table of what was measured and write the report."""
+    show(progress.metrics)
+    write_report(
+        _report_file(progress),
+        {
+            "config": plain(progress.config),
+            "checkpoints": {stage: str(folder) for stage, folder in progress.checkpoints.items()},
+            "stages": progress.metrics,
+            "baselines": progress.baselines,
+            "training_seconds": round(progress.training_seconds, 1),
+        },
+    )
+    for stage, folder in progress.checkpoints.items():
+        print(f"{stage:>9}  {folder}")
+    print(f"{'table':>9}  {_report_file(progress)}")

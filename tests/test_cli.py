@@ -112,7 +112,10 @@ WRONG = [
     ),
     (["dpo", "--sft-checkpoint", "x", "train_config.z_loss=1e-4"], "z_loss belongs to pretraining and SFT: leave it out"),
     (["pretrain", "--model-config.d-model", "30", "--model-config.n-heads", "4"], "d_model=30 is not a multiple of n_heads=4"),
-    (["pretrain", "train_config.batch_size=6", "train_config.micro_batch_size=4"], "batch_size=6 is not a multiple"),
+    (
+        ["pretrain", "train_config.batch_size=4", "train_config.micro_batch_size=6"],
+        "micro_batch_size=6 is more than batch_size=4",
+    ),
     (
         ["pretrain", *(f"train_config.{n}" for n in ("batch_size=16", "micro_batch_size=2", "gradient_accumulation_steps=4"))],
         "batch_size=16 is not micro_batch_size × gradient_accumulation_steps × ranks = 2 × 4 × 1 = 8",

@@ -6,6 +6,7 @@ from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDat
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.io import dump_yaml, load_config
 from modern_llm.config.model import ModelConfig
+from modern_llm.config.parallel import ParallelConfig
 from modern_llm.config.pipeline import PipelineConfig
 from modern_llm.config.resolve import resolve
 from modern_llm.config.training import TrainingConfig
@@ -16,6 +17,7 @@ __all__ = [
     "InstructionDatasetConfig",
     "LanguageModelingDatasetConfig",
     "ModelConfig",
+    "ParallelConfig",
     "PipelineConfig",
     "PreferenceDatasetConfig",
     "StrictModel",

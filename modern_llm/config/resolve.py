@@ -52,8 +52,8 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
             `warmup_steps` may stay None.
 
     Raises:
-        UserError: `batch_size` is not micro-batch × accumulation × ranks, warmup is longer than the run, or what a default
-            fills in does not go with what was given.
+        UserError: `batch_size` is not micro-batch × accumulation × ranks (rounded up), warmup is longer than the run, or what a
+            default fills in does not go with what was given.
     """
     filled = config.model_dump()
     for name, value in STAGE_DEFAULTS[stage].items():
@@ -105,34 +105,26 @@ def decay_steps(max_steps: int, decay_ratio: float) -> int:
 
 
 def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dict[str, int]:
+    """The batch of a step, which does not depend on the ranks, and how one rank goes through its share of it."""
     batch, micro, accumulation = config.batch_size, config.micro_batch_size, config.gradient_accumulation_steps
-    default_batch = STAGE_DEFAULTS[stage]["batch_size"]
     if batch is None:
-        if micro is not None and accumulation is not None:
-            batch = micro * accumulation * world_size
-        else:  # the stage's own size, rounded up to what the given part divides
-            part = (micro or accumulation or 1) * world_size
-            batch = math.ceil(default_batch / part) * part
+        batch = micro * accumulation if micro and accumulation else STAGE_DEFAULTS[stage]["batch_size"]
     if config.micro_batch_tokens is not None:
-        if batch % world_size:
-            raise UserError(f"batch_size={batch} is not a multiple of the {world_size} ranks: change it")
         return {"batch_size": batch}
     if config.optimizer_in_backward and micro is None:
         accumulation = accumulation or 1
-    if micro is None and accumulation is None:
-        per_rank = max(1, batch // world_size)
-        micro = max(size for size in range(1, min(per_rank, MOST_SEQUENCES_PER_FORWARD) + 1) if per_rank % size == 0)
-    if micro is None:
-        micro = max(1, batch // (accumulation * world_size))  # type: ignore[operator]
-    if accumulation is None:
-        accumulation = max(1, batch // (micro * world_size))
-    if batch != micro * accumulation * world_size:
+    share = math.ceil(batch / world_size)
+    if micro is None:  # the passes are as even as can be
+        micro = math.ceil(share / (accumulation or math.ceil(share / MOST_SEQUENCES_PER_FORWARD)))
+    passes = math.ceil(share / micro)
+    most = math.ceil(batch / (config.micro_batch_size or 1))  # what one rank alone would need: the same file serves any number
+    if accumulation is not None and not passes <= accumulation <= most:
         raise UserError(
             f"batch_size={batch} is not micro_batch_size × gradient_accumulation_steps × ranks = "
             f"{micro} × {accumulation} × {world_size} = {micro * accumulation * world_size}: change one of them, or leave "
             f"gradient_accumulation_steps out"
         )
-    return {"batch_size": batch, "micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    return {"batch_size": batch, "micro_batch_size": micro, "gradient_accumulation_steps": passes}
 
 
 def _resolve_length(

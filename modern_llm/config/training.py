@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel
+from modern_llm.config.parallel import ParallelConfig
 from modern_llm.config.paths import FolderPath, Name
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -32,8 +33,13 @@ NO_EFFECT = (
     "keep_checkpoints",
     "max_minutes",
     "on_save_error",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "gradient_accumulation_steps",
+    "parallel",
 )
-"""Fields that cannot change a result: where a run is written, how it reports, when it saves, evaluates or stops."""
+"""Fields that cannot change a result: where a run is written, how it reports, when it saves, evaluates or stops, how a step's
+work is shared out. (Two of them decide `batch_size` where that is left out: `resolve` comes before a comparison.)"""
 
 
 Z_LOSS_OF_PAIRS = "z_loss belongs to pretraining and SFT: leave it out"
@@ -53,14 +59,16 @@ class TrainingConfig(StrictModel):
     """Folder of the run. None: `experiments/runs/<run_name>`."""
 
     batch_size: PositiveInt | None = None
-    """Sequences (pretraining: blocks; DPO: pairs) of one optimizer step, over all ranks."""
+    """Sequences (pretraining: blocks; DPO: pairs) of one optimizer step, over all ranks, whose number need not divide it. None:
+    `micro_batch_size × gradient_accumulation_steps` where both are given, else the stage's."""
     micro_batch_size: PositiveInt | None = None
-    """Sequences (or pairs) of one forward pass on one rank. It never changes the result, only memory and speed."""
+    """Most sequences (or pairs) of one forward pass on one rank. It never changes the result, only memory and speed."""
     micro_batch_tokens: PositiveInt | None = None
     """Instead of `micro_batch_size`: as many sequences (or pairs) to a forward pass as fit into so many tokens, best fit first;
     a longer one is alone. It never changes the result either, and keeps memory even where lengths differ."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """Forward passes of one optimizer step: `batch_size / (micro_batch_size × ranks)`. Checked; derived when left out."""
+    """Forward passes of one optimizer step on one rank: `batch_size / (micro_batch_size × ranks)`, rounded up. Checked; derived
+    when left out, and fewer where there are more ranks than it was written for."""
     max_steps: PositiveInt | None = None
     """Optimizer steps. None: `num_epochs` decides."""
     num_epochs: PositiveFloat | None = None
@@ -143,6 +151,8 @@ class TrainingConfig(StrictModel):
     exit code 74; `warn` says so loudly and goes on. A final checkpoint that cannot be written is always an error."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers besides `metrics.jsonl` and the console; need `pip install -e '.[trackers]'` in the repository's folder."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How several processes train together."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -160,8 +170,11 @@ class TrainingConfig(StrictModel):
         for beta in self.adam_betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"adam_betas={self.adam_betas} must lie in [0, 1)")
-        if self.batch_size and self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}")
+        if self.batch_size and self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is more than batch_size={self.batch_size}: lower it, or raise "
+                f"batch_size"
+            )
         self._check_schedule_and_optimizer()
         self._check_memory_options()
         return self

@@ -155,14 +155,17 @@ def _streamed(
     world_size: int,
     micro_batch_tokens: int | None,
 ) -> Iterator[StepBatch]:
-    """Optimizer steps over a stream's windows; each window's last step holds what is left of it."""
-    share = batch_size // world_size
-    consumed = start.index // world_size
+    """Optimizer steps over a stream's windows; each window's last step holds what is left of it.
+
+    The blocks of all ranks are numbered in turn: block `i` of rank `r` is number `i · world_size + r` of the window.
+    """
+    index = start.index
     for window, blocks in stream.windows(start.epoch, rank, world_size):
-        while consumed < len(blocks):
-            mine = blocks[consumed : consumed + share]
-            consumed += len(mine)
-            done = consumed == len(blocks)
-            after = Position(window + 1, 0) if done else Position(window, consumed * world_size)
-            yield StepBatch(list(micro_batches(mine, micro_batch_size, micro_batch_tokens)), after)
-        consumed = 0
+        total = len(blocks) * world_size
+        while index < total:
+            stop = min(index + batch_size, total)
+            first, behind = (-((rank - number) // world_size) for number in (index, stop))
+            after = Position(window + 1, 0) if stop == total else Position(window, stop)
+            index = stop
+            yield StepBatch(list(micro_batches(blocks[first:behind], micro_batch_size, micro_batch_tokens)), after)
+        index = 0

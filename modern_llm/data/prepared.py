@@ -306,10 +306,8 @@ def prepare_sources(
                     raise UserError(f"dataset_name={name!r}: split {split or source.split!r} has no rows")
                 writer.close(counts)
 
-            if distributed.is_main():
-                stored(whole_key, fill)
-            distributed.wait_for_everyone()
-            return stored(whole_key, fill)
+            distributed.on_main(stored)(whole_key, fill)
+            return distributed.together(stored)(whole_key, fill)  # built anew where the ranks do not share a file system
 
         train = store_of(None)
         add_counts(report, train.report)

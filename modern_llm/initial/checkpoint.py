@@ -29,6 +29,7 @@ from modern_llm.models.adapter_folders import (
     is_adapter,
     merge,
 )
+from modern_llm.models.adapter_sum import AdaptersBelow
 
 ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt")
 """Files of a model folder that decide what is loaded."""
@@ -83,24 +84,29 @@ class InitialCheckpoint:
         except DamagedError as error:
             raise DamagedError(f"{self.where} is damaged: {error}: use another checkpoint") from None
 
-    def load(self) -> PreTrainedModel:
+    def load(self, below: AdaptersBelow | None = None) -> PreTrainedModel:
         """Load the model in fp32, in eval mode, adapters merged.
+
+        Args:
+            below: told of the adapters that are merged.
 
         Raises:
             UserError: a weight is missing, left over or of another shape, or adapters do not fit the model under them.
         """
         if self.base is None:
             model = load_weights(self.name, self.where, self.config)
+            if below is not None:
+                below.root_weights = weights_hash(model)
         else:
-            base = self.base.load()
+            base = self.base.load(below)
             if adapter_section(self.folder):
                 check_base(self.folder, self.base.hash_of(base), self.base.name, self.field)
-            model = merge(base, self._adapter_folder(), self.field)
+            model = merge(base, self.adapter_folder(), self.field, below)
         if self.generation is not None:
             model.generation_config = self.generation
         return model
 
-    def _adapter_folder(self) -> Path:
+    def adapter_folder(self) -> Path:
         """Folder with the adapters' weights, which are fetched from the hub here."""
         if Path(self.name).is_dir():
             return self.folder

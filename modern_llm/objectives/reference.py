@@ -25,7 +25,7 @@ from modern_llm.checkpoint import storing, weights_hash
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
 from modern_llm.data.store import cache_folder, remove_litter_of_the_dead, scratch_name
-from modern_llm.models.adapters import state_without_adapters
+from modern_llm.models.adapters import adapter_layers, state_without_adapters
 from modern_llm.models.policy import Policy
 from modern_llm.objectives.answers import answer_scores
 from modern_llm.precision import autocast
@@ -46,7 +46,8 @@ def with_reference(data: PreparedData, reference: Policy, precision: torch.dtype
         reference: the frozen start, or the policy itself before its first step; left in the mode in which it came.
         precision: type of its matrix products, the same as the policy's.
     """
-    weights = weights_hash(state_without_adapters(reference.model))  # they are off
+    on = any(not layer.disable_adapters for layer in adapter_layers(reference.model))  # a run goes on with its start's
+    weights = weights_hash(reference.model if on else state_without_adapters(reference.model))
     assert isinstance(data.train, Mixture)
     assert isinstance(data.evaluation, Mixture)
     train, computed = _table(data.train, reference, precision, weights)
@@ -64,10 +65,9 @@ def _table(examples: Mixture, reference: Policy, precision: torch.dtype, weights
         remove_litter_of_the_dead(folder)
     starts = range(0, len(examples), PART)
     mine = [start for number, start in enumerate(starts) if number % distributed.world_size() == distributed.rank()]
-    computed = _fill(folder, mine, examples, reference, precision)
-    distributed.wait_for_everyone()
+    computed = distributed.together(_fill)(folder, mine, examples, reference, precision)
     # what another rank wrote is missing here if the ranks do not share a file system
-    computed += _fill(folder, list(starts), examples, reference, precision)
+    computed += distributed.together(_fill)(folder, list(starts), examples, reference, precision)
     parts = [_read(folder / _name(start), min(PART, len(examples) - start)) for start in starts]
     found = [part for part in parts if part is not None]
     assert len(found) == len(parts), f"{folder}: a part vanished while it was read"

@@ -209,11 +209,15 @@ class _Planner:
             self.config = self._with_micro_batch(better)
         return self._summary(correction, rehearsed, reason)
 
+    def _share(self) -> int:
+        """The most sequences or pairs of a step that one process has."""
+        assert self.config.batch_size is not None
+        return math.ceil(self.config.batch_size / self.whole.ranks)
+
     def _with_micro_batch(self, size: int | None, **changes: Any) -> TrainingConfig:
         """The same run in other micro-batches."""
-        assert self.config.batch_size is not None
         assert size is not None
-        steps = self.config.batch_size // (size * self.whole.ranks)
+        steps = math.ceil(self._share() / size)
         return self.config.model_copy(update={"micro_batch_size": size, "gradient_accumulation_steps": steps, **changes})
 
     def _estimate(self, config: TrainingConfig) -> Estimate:
@@ -236,8 +240,7 @@ class _Planner:
 
     def _largest_that_fits(self, correction: Correction) -> int:
         """The largest micro-batch that divides the process's share of the batch and fits; 1 if none does."""
-        assert self.config.batch_size is not None
-        share, room = self.config.batch_size // self.whole.ranks, ROOM * self.whole.machine.available
+        share, room = self._share(), ROOM * self.whole.machine.available
         sizes = [size for size in range(share, 0, -1) if share % size == 0]
         return next((size for size in sizes if self._peak(self._with_micro_batch(size), correction) <= room), 1)
 
@@ -247,8 +250,7 @@ class _Planner:
             return None, "it does not fit, as far as its shapes tell"
         if self.stage != "pretrain" and not self.start:
             return None, "the stage that it starts from was not measured"
-        assert self.config.batch_size is not None
-        share = self.config.batch_size // self.whole.ranks
+        share = self._share()
         micro = self.config.micro_batch_size
         if micro is None:
             micro = max(1, int((self.config.micro_batch_tokens or 0) / self.survey.mean_tokens))

@@ -1,17 +1,69 @@
 """Which checkpoint in a run's folder a run goes on from: the same inputs, or none at all."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from modern_llm.checkpoint import MANIFEST, DamagedError, periodic_checkpoints, read_manifest, verify
+from modern_llm import distributed
+from modern_llm.checkpoint import MANIFEST, DamagedError, periodic_checkpoints, read_manifest, sha256_of_file, verify
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
 from modern_llm.config.training import NO_EFFECT
+from modern_llm.lock import LOCK
 from modern_llm.secrets import record_without_secrets
 
 SHOWN_DIGITS = 12
 """Of a hash."""
+
+
+def agreed_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """`newest_checkpoint` as rank 0 finds it; called on every rank, while rank 0 holds the lock of the folder.
+
+    Raises:
+        UserError: as there; or this rank has other inputs than rank 0, or does not see what rank 0 sees.
+    """
+
+    def find() -> str:
+        found, damaged = newest_checkpoint(final, record)
+        name = None if found is None else str(found.relative_to(final.parent))
+        manifest = None if found is None else sha256_of_file(found / MANIFEST)
+        return json.dumps([record_without_secrets(record), name, manifest, damaged])
+
+    theirs, name, manifest, damaged = json.loads(distributed.main_decides(find)())
+    found = None if name is None else final.parent / name
+    distributed.together(_check_agreement)(final.parent, record, theirs, found, manifest)
+    return found, damaged
+
+
+def _check_agreement(
+    output_dir: Path, record: dict[str, Any], theirs: dict[str, Any], found: Path | None, manifest: str | None
+) -> None:
+    """Refuse a rank that would train from something else than rank 0.
+
+    Args:
+        output_dir: as this rank has it.
+        record: of this rank.
+        theirs: the record of rank 0.
+        found: the checkpoint that rank 0 goes on from.
+        manifest: the hash of its manifest.
+    """
+    mine = json.loads(json.dumps(record_without_secrets(record)))
+    if (difference := next(differences(theirs, mine), None)) is not None:
+        path, there, here = difference
+        raise UserError(one_line(
+            f"{path} is {short(here)!r} on this rank and {short(there)!r} on rank 0: give every rank the same config and files"
+        ))  # fmt: skip
+    if not (output_dir / LOCK).exists():
+        raise UserError(
+            f"output_dir={str(output_dir)!r}: this rank does not see what rank 0 writes there: put it on a file system that "
+            f"every rank sees"
+        )
+    if found is not None and (not (found / MANIFEST).is_file() or sha256_of_file(found / MANIFEST) != manifest):
+        raise UserError(
+            f"{found}: rank 0 goes on from this checkpoint, and this rank does not see it: put output_dir={str(output_dir)!r} "
+            f"on a file system that every rank sees"
+        )
 
 
 def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None, list[str]]:

@@ -14,7 +14,7 @@ from modern_llm.config import TrainingConfig
 from modern_llm.exit_codes import StorageError
 from modern_llm.initial.handoff import end_token_ids
 from modern_llm.metrics import RunLog
-from modern_llm.models.adapter_folders import adapter_weights, save_adapter
+from modern_llm.models.adapter_folders import AdapterBase, adapter_weights, save_adapter
 from modern_llm.models.adapters import adapter_layers
 
 
@@ -28,6 +28,7 @@ class Saver:
         record: dict[str, Any],
         config: TrainingConfig,
         log: RunLog,
+        adapter_base: AdapterBase | None = None,
         last_saved: Path | None = None,
     ) -> None:
         """
@@ -37,11 +38,12 @@ class Saver:
             record: what every manifest says.
             config: resolved.
             log: told of what could not be saved.
+            adapter_base: what the model's adapters are added to. None: it has none.
             last_saved: the checkpoint that the run goes on from.
         """
         assert config.output_dir is not None
         self.model, self.tokenizer = model, tokenizer
-        self.record, self.config, self.log = record, config, log
+        self.record, self.config, self.log, self.adapter_base = record, config, log, adapter_base
         self.folder = config.output_dir / "checkpoints"
         self.last_saved = last_saved
         self.pending: Future[None] | None = None
@@ -64,11 +66,14 @@ class Saver:
         Raises:
             StorageError: the checkpoint before could not be written, and `on_save_error` is `stop`.
         """
-        self.finish()
-        if distributed.is_main():
+
+        def begin() -> None:
+            self.finish()
             target = self.folder / f"step-{step:06d}"
             weights, kept = self._weights(), folders.copied(state)
             self.pending = self.thread.submit(self._write, target, weights, step, kept)
+
+        distributed.on_main(begin)()
 
     def check(self) -> None:
         """Raise what went wrong in the thread, if it is done; called after every step.
@@ -108,17 +113,18 @@ class Saver:
         Raises:
             StorageError: it could not be written.
         """
-        self.finish()
-        if distributed.is_main():
+
+        def write() -> None:
+            self.finish()
             self._write(target, self._weights(), self.config.max_steps)
-        distributed.wait_for_everyone()
+
+        distributed.on_main(write)()
 
     def _write(self, target: Path, weights: dict[str, Tensor], step: int | None, state: dict[str, Any] | None = None) -> None:
         manifest = {**self.record, "step": step, "run": self.config.run_name}
         with folders.atomic_folder(target) as scratch:
-            if adapter_layers(self.model):
-                quantize = manifest["config"]["train"]["adapter"]["quantize"]
-                more = save_adapter(self.model, weights, scratch, target, manifest["parent"], quantize)
+            if self.adapter_base is not None:
+                more = save_adapter(self.model, weights, scratch, target, self.adapter_base)
             else:
                 more = {"weights": folders.weights_hash(weights)}
                 self.model.save_pretrained(scratch, state_dict=weights)  # it empties the dict

@@ -1,8 +1,9 @@
 """Opening and closing a run: what it is made of, whether it is done or begun, and what it leaves behind."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from modern_llm.training.inputs import key_of
 from modern_llm.training.loop import Loop
 from modern_llm.training.optim import ParameterGroups
 from modern_llm.training.preflight import longest_rows, preflight
-from modern_llm.training.resume import newest_checkpoint
+from modern_llm.training.resume import agreed_checkpoint
 from modern_llm.training.saving import Saver
 from modern_llm.training.speed import foreseen_seconds
 from modern_llm.training.stopping import StopRequest
@@ -156,20 +157,22 @@ def train_stage(
     assert config.output_dir is not None
     _check_model(model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
-    with only_writer(config.output_dir) if distributed.is_main() else nullcontext():
-        found, damaged = newest_checkpoint(final, record)
+    with ExitStack() as lock:
+        distributed.on_main(lock.enter_context)(only_writer(config.output_dir))
+        found, damaged = agreed_checkpoint(final, record)
         if found == final:
             print(f"{config.run_name}: finished already: {final}", flush=True)
             return final
         state = None if found is None else load_state(found)
-        policy = _make_policy(model, config, data, device, drop_out, precision)
+        policy = _make_policy(opened, config, data, device, drop_out, precision)
         with _open_log(config, 0 if state is None else state["step"]) as log:
             _describe(log, policy, data, config, f"{device} {why}", found, damaged)
             log.message(_compile(policy, stage, config, data, precision))
             data = data if prepare is None else prepare(policy, data, precision, log)
             if found is not None:
                 _load_weights(model, found)
-            saver = Saver(model, tokenizer, {**record, "inputs": inputs, "key": key_of(inputs)}, config, log, found)
+            manifest = {**record, "inputs": inputs, "key": key_of(inputs)}
+            saver = Saver(model, tokenizer, manifest, config, log, opened.adapter_base, found)
             loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint, saver.check)
             if state is None:
                 preflight(policy, loop.objective, data, tokenizer, precision, config, log)
@@ -194,8 +197,7 @@ def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, conclude: Con
         try:
             loop.run(stop)
         except Stopped as stopped:
-            saver.finish(must=True)
-            distributed.wait_for_everyone()  # a launcher ends all ranks as soon as one is gone
+            distributed.together(saver.finish)(must=True)  # a launcher ends all ranks as soon as one is gone
             loop.log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
             raise
         with loop.averaged_weights():
@@ -262,20 +264,23 @@ def _angles_change_beyond(config: PreTrainedConfig) -> int | None:
     return min((p.get("original_max_position_embeddings") or config.max_position_embeddings for p in turning), default=None)
 
 
-def _add_adapter(model: PreTrainedModel, config: TrainingConfig, drop_out: bool) -> None:
-    """Put the run's adapters into the model.
+def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> None:
+    """Put the run's adapters into the model, or back into it.
 
     Raises:
         UserError: a setting that would have no effect with them.
     """
     assert config.adapter is not None
+    assert opened.adapter is not None
     if config.adapter.dropout and not drop_out:
         raise UserError(
             f"adapter.dropout={config.adapter.dropout} has no effect where disable_dropout switches all dropout off: leave it "
             f"out, or set dpo_config.disable_dropout: false"
         )
-    add_adapter(model, config.adapter, config.seed)
-    ParameterGroups(model).check(config)
+    add_adapter(opened.model, opened.adapter, config.seed)
+    if opened.continued is not None:
+        load_adapter_weights(opened.model, opened.continued)
+    ParameterGroups(opened.model).check(config)
 
 
 def _load_weights(model: PreTrainedModel, found: Path) -> None:
@@ -287,15 +292,16 @@ def _load_weights(model: PreTrainedModel, found: Path) -> None:
 
 
 def _make_policy(
-    model: PreTrainedModel,
+    opened: Opened,
     config: TrainingConfig,
     data: PreparedData,
     device: torch.device,
     drop_out: bool,
     precision: torch.dtype,
 ) -> Policy:
+    model = opened.model
     if config.adapter is not None:
-        _add_adapter(model, config, drop_out)
+        _add_adapter(opened, config, drop_out)
     model.to(device)  # type: ignore[arg-type]
     if not drop_out:
         disable_dropout(model)
@@ -311,10 +317,14 @@ def _make_policy(
 
 
 def _compile(policy: Policy, stage: Stage, config: TrainingConfig, data: PreparedData, precision: torch.dtype) -> str:
-    """Compile the layers where that is wanted; a sentence for the log."""
+    """Compile the layers where that is wanted, on all ranks or on none; a sentence for the log."""
     if stage == "dpo" and config.compile == "auto":
         return "compile: off (auto: compiled layers round otherwise than those that the reference on disk was computed with)"
-    return compile_layers(policy, config.compile, foreseen_seconds(policy, data, config, precision))
+    foreseen = foreseen_seconds(policy, data, config, precision)
+    note = distributed.main_decides(compile_layers)(policy, config.compile, foreseen)
+    if not distributed.is_main():
+        compile_layers(policy, "on" if note.startswith("compile: on") else "off", foreseen)
+    return note
 
 
 def _describe(
@@ -339,9 +349,10 @@ def _describe(
     if config.micro_batch_tokens is not None:
         log.message(f"{config.max_steps} steps of {config.batch_size}, in micro-batches of {config.micro_batch_tokens} tokens")
     else:
+        parts = (config.micro_batch_size or 1, config.gradient_accumulation_steps or 1, distributed.world_size())
         log.message(
-            f"{config.max_steps} steps of {config.batch_size} = {config.micro_batch_size} × "
-            f"{config.gradient_accumulation_steps} × {distributed.world_size()} (micro-batch × accumulation × ranks)"
+            f"{config.max_steps} steps of {config.batch_size} {'=' if math.prod(parts) == config.batch_size else '≤'} "
+            f"{' × '.join(map(str, parts))} (micro-batch × accumulation × ranks)"
         )
     if resumed is not None:
         log.message(f"resuming from {resumed}")

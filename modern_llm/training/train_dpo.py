@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.evaluation.drift import kl_on_prompts
 from modern_llm.evaluation.generation import Answer, Ask, answer_logprobs
-from modern_llm.initial.opened import open_checkpoint
+from modern_llm.initial.opened import Opened, open_checkpoint
 from modern_llm.metrics import RunLog
-from modern_llm.models.adapters import adapter_layers, adapters_off, keep_frozen_in
+from modern_llm.models.adapters import adapters_off, keep_frozen_in
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
@@ -54,7 +54,7 @@ def run_dpo(
     Raises:
         UserError: a config, file or name that the user can put right.
     """
-    with distributed.process_group():
+    with distributed.process_group(train_config.parallel):
         check_early("dpo", train_config)
         dpo_config = dpo_config or DPOConfig()
         if train_config.adapter is not None and dpo_config.sync_ref_model:
@@ -69,7 +69,7 @@ def run_dpo(
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
         named = open_reference(dpo_config, opened.tokenizer, opened.tokenizer_name)
         objective = PreferenceObjective(dpo_config)
-        reference = Reference(objective, named, sft_checkpoint, tokenizer_name)
+        reference = Reference(objective, named, opened, tokenizer_name)
         data = prepare_preferences(preference_config, dpo_config, encoder)
         return train_stage(
             stage="dpo",
@@ -90,16 +90,20 @@ class Reference:
     """The model that the policy is compared with: asked for all pairs before training, and about the policy's answers after."""
 
     def __init__(
-        self, objective: PreferenceObjective, named: PreTrainedModel | None, start: Path | str, tokenizer_name: str | None
+        self, objective: PreferenceObjective, named: PreTrainedModel | None, opened: Opened, tokenizer_name: str | None
     ) -> None:
         """
         Args:
             objective: of the run; gets a live copy of the start where the reference moves.
             named: the model of `reference_checkpoint`. None: the policy before its first step is the reference.
-            start: where that comes from.
+            opened: what the policy begins from.
             tokenizer_name: as given.
         """
-        self.objective, self.named, self.start, self.tokenizer_name = objective, named, start, tokenizer_name
+        assert opened.initial is not None
+        self.objective, self.named, self.tokenizer_name = objective, named, tokenizer_name
+        self.start = opened.initial.name
+        self.is_without_adapters = opened.adapter is not None and opened.continued is None
+        """Whether the start is the policy with its adapters switched off."""
         self.other: Policy | None = None
 
     def ask(self, policy: Policy, data: PreparedData, precision: torch.dtype, log: RunLog) -> PreparedData:
@@ -113,7 +117,7 @@ class Reference:
             self.objective.live = frozen(copy.deepcopy(policy))
             return data
         began = time.perf_counter()
-        with adapters_off(policy.model):  # the start is what the adapters are added to
+        with adapters_off(policy.model) if self.is_without_adapters else nullcontext():
             data, computed = with_reference(data, self.other or policy, precision)
         if computed:
             log.message(f"reference log-probs of {computed} pairs in {time.perf_counter() - began:.1f} s, kept for other runs")
@@ -138,7 +142,7 @@ class Reference:
         if other := self.objective.live or self.other:
             with other.as_loaded() as model:
                 yield partial(answer_logprobs, model)
-        elif adapter_layers(policy.model):
+        elif self.is_without_adapters:
 
             def without_adapters(answer: Answer) -> Tensor:
                 with adapters_off(policy.model):

@@ -36,7 +36,7 @@ def run_training(
     Raises:
         UserError: a config, file or name that the user can put right.
     """
-    with distributed.process_group():
+    with distributed.process_group(train_config.parallel):
         check_early("pretrain", train_config)
         dataset_config = dataset_or_default(dataset_config, train_config, LanguageModelingDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name

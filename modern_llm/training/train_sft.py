@@ -34,7 +34,7 @@ def run_sft(
     Raises:
         UserError: a config, file or name that the user can put right.
     """
-    with distributed.process_group():
+    with distributed.process_group(train_config.parallel):
         check_early("sft", train_config)
         dataset_config = dataset_or_default(dataset_config, train_config, InstructionDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name

@@ -20,26 +20,49 @@ SIZES = st.none() | st.integers(1, 48)
 # Batches
 
 
+def names(values: tuple[int | None, ...]) -> dict[str, int]:
+    """Fields by name; None is left out."""
+    given_ = dict(zip(("batch_size", "micro_batch_size", "gradient_accumulation_steps"), values, strict=True))
+    return {name: value for name, value in given_.items() if value is not None}
+
+
 @PROPERTY
 @given(stage=st.sampled_from(STAGES), batch=SIZES, micro=SIZES, accumulation=SIZES, ranks=st.integers(1, 16))
-def test_a_batch_is_micro_times_accumulation_times_ranks_or_refused(stage, batch, micro, accumulation, ranks) -> None:
-    given_product = (micro or 1) * (accumulation or 1) * ranks
-    if batch is None:
-        solvable = True
-    elif micro is not None and accumulation is not None:
-        solvable = batch == given_product
-    else:
-        solvable = batch % given_product == 0
-    fields = {"batch_size": batch, "micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
+def test_every_rank_gets_through_its_share_in_the_passes_that_are_said_or_the_batch_is_refused(
+    stage, batch, micro, accumulation, ranks
+) -> None:
+    fields = names((batch, micro, accumulation))
+    whole = batch or (micro * accumulation if micro and accumulation else 32)
+    share = math.ceil(whole / ranks)
+    refused = micro is not None and micro > whole
+    if accumulation is not None and not refused:  # what the share needs at least, and one rank alone at most
+        refused = not math.ceil(share / (micro or share)) <= accumulation <= math.ceil(whole / (micro or 1))
     try:
         out = resolve(TrainingConfig(**fields), stage, ranks)
     except ValueError:
-        assert not solvable
+        assert refused
         return
-    assert solvable
-    assert out.batch_size == out.micro_batch_size * out.gradient_accumulation_steps * ranks
-    for name, value in fields.items():
-        assert value in (None, getattr(out, name))
+    assert not refused
+    assert out.batch_size == whole
+    assert out.gradient_accumulation_steps == math.ceil(share / out.micro_batch_size) <= (accumulation or share)
+    assert micro in (None, out.micro_batch_size)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        (None, None, None), (32, None, None), (20, None, None), (7, None, None), (1, None, None), (None, 8, None),
+        (None, 5, None), (None, None, 16), (None, None, 5), (None, 2, 3), (48, 16, None), (10, 4, None), (48, None, 3),
+        (10, None, 4), (32, 8, 4), (10, 4, 3),
+    ],
+)  # fmt: skip
+@EACH_STAGE
+def test_a_step_is_the_same_batch_on_1_to_64_ranks(stage, written) -> None:
+    """Trap: a file that trains 32 on one process and 33 on three."""
+    found = [resolve(TrainingConfig(**names(written)), stage, ranks) for ranks in range(1, 65)]
+    assert {out.batch_size for out in found} == {found[0].batch_size}
+    tokens = {resolve(TrainingConfig(micro_batch_tokens=64), stage, ranks).batch_size for ranks in range(1, 65)}
+    assert tokens == {32}
 
 
 @pytest.mark.parametrize(
@@ -47,26 +70,26 @@ def test_a_batch_is_micro_times_accumulation_times_ranks_or_refused(stage, batch
     [
         ((None, None, None), 1, (32, 8, 4)),
         ((None, None, None), 4, (32, 8, 1)),
-        ((None, None, None), 3, (33, 1, 11)),  # rounded up to what three ranks share
-        ((None, None, None), 64, (64, 1, 1)),
-        ((20, None, None), 1, (20, 5, 4)),  # the largest divisor of 20 up to 8
+        ((None, None, None), 3, (32, 6, 2)),  # shares of 11, 11 and 10: 6 + 5
+        ((None, None, None), 64, (32, 1, 1)),  # half of the ranks have none
+        ((20, None, None), 1, (20, 7, 3)),  # 7 + 7 + 6
         ((20, None, None), 2, (20, 5, 2)),
         ((7, None, None), 1, (7, 7, 1)),
         ((1, None, None), 1, (1, 1, 1)),
-        ((None, 5, None), 1, (35, 5, 7)),
-        ((None, 5, None), 2, (40, 5, 4)),
+        ((None, 5, None), 1, (32, 5, 7)),
+        ((None, 5, None), 2, (32, 5, 4)),
+        ((16, 16, None), 2, (16, 16, 1)),  # a share of 8 is less than a micro-batch
         ((None, None, 16), 1, (32, 2, 16)),
         ((None, 2, 3), 1, (6, 2, 3)),
-        ((None, 2, 3), 2, (12, 2, 3)),
+        ((None, 2, 3), 2, (6, 2, 2)),
         ((12, 3, None), 2, (12, 3, 2)),
         ((12, None, 3), 2, (12, 2, 3)),
         ((16, 1, 16), 1, (16, 1, 16)),
     ],
 )
 def test_the_parts_of_a_batch_that_were_left_out(given_parts, ranks, expected) -> None:
-    names = ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
-    out = resolve(TrainingConfig(**dict(zip(names, given_parts, strict=True))), "sft", ranks)
-    assert tuple(getattr(out, name) for name in names) == expected
+    out = resolve(TrainingConfig(**names(given_parts)), "sft", ranks)
+    assert (out.batch_size, out.micro_batch_size, out.gradient_accumulation_steps) == expected
 
 
 def test_a_batch_that_does_not_multiply_out_is_refused_with_the_numbers() -> None:
@@ -74,11 +97,15 @@ def test_a_batch_that_does_not_multiply_out_is_refused_with_the_numbers() -> Non
     with pytest.raises(UserError, match=r"batch_size=16 is not .* 2 × 4 × 1 = 8"):
         resolve(config, "dpo")
     assert resolve(config, "dpo", world_size=2).batch_size == 16
+    with pytest.raises(UserError, match=r"batch_size=4 is not .* 2 × 4 × 2 = 16"):
+        resolve(TrainingConfig(batch_size=4, micro_batch_size=2, gradient_accumulation_steps=4), "dpo", world_size=2)
 
 
-def test_a_batch_smaller_than_the_number_of_ranks_is_refused() -> None:
-    with pytest.raises(UserError, match="batch_size=3 is not"):
-        resolve(TrainingConfig(batch_size=3), "dpo", world_size=4)
+def test_a_micro_batch_larger_than_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_size=4 is more than batch_size=3"):
+        TrainingConfig(batch_size=3, micro_batch_size=4)
+    with pytest.raises(UserError, match="micro_batch_size=64 is more than batch_size=32"):
+        resolve(TrainingConfig(micro_batch_size=64), "sft")
 
 
 # Length
@@ -200,11 +227,3 @@ def test_an_option_of_an_optimizer_that_the_stage_does_not_use_is_refused(stage)
     with pytest.raises(UserError, match="muon_learning_rate"):
         resolve(TrainingConfig(muon_learning_rate=0.01), stage)
     assert resolve(TrainingConfig(muon_learning_rate=0.01, optimizer="muon"), stage).muon_learning_rate == 0.01
-
-
-def test_micro_batches_of_tokens_still_share_the_batch_evenly() -> None:
-    """A stream gives each rank its share, so 10 examples on 4 ranks would be 8, and 2 on 4 none."""
-    assert resolve(TrainingConfig(batch_size=8, micro_batch_tokens=100), "sft", world_size=4).batch_size == 8
-    for batch_size in (2, 10):
-        with pytest.raises(UserError, match=f"batch_size={batch_size} is not a multiple of the 4 ranks"):
-            resolve(TrainingConfig(batch_size=batch_size, micro_batch_tokens=100), "sft", world_size=4)

@@ -62,13 +62,14 @@ def one_step_gradients(folder: Path, world_size: int) -> dict[str, torch.Tensor]
     return steps[0]
 
 
-def fine_tune(start: Path, data: Path, folder: Path) -> Path:
+def fine_tune(start: Path, data: Path, folder: Path, **changes: Any) -> Path:
     """Seven steps of two rows each, into the third epoch, with clipping; saved at step 4, in the middle of the second."""
-    config = TrainingConfig(
-        output_dir=folder, run_name="run", batch_size=2, micro_batch_size=1, max_steps=7, warmup_steps=2, save_every=4,
-        log_every=1, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-3, optimizer="adamw",
-        mixed_precision="fp32",
-    )  # fmt: skip
+    settings = {
+        "batch_size": 2, "micro_batch_size": 1, "max_steps": 7, "warmup_steps": 2, "save_every": 4, "log_every": 1,
+        "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "adam_epsilon": 1e-3, "optimizer": "adamw",
+        "mixed_precision": "fp32",
+    }  # fmt: skip
+    config = TrainingConfig(output_dir=folder, run_name="run", **{**settings, **changes})
     return run_sft(start, config, InstructionDatasetConfig(dataset_name=str(data)))
 
 
@@ -104,10 +105,8 @@ def preference_inputs(folder: Path) -> None:
 def in_group(rank: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    try:
-        work(rank, folder, *arguments)
-    finally:
-        dist.destroy_process_group()
+    work(rank, folder, *arguments)
+    dist.destroy_process_group()
 
 
 def train_language(rank: int, folder: Path, start: Path) -> None:
