@@ -81,7 +81,7 @@ SMALL_MLA = {
 }  # fmt: skip
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    **dict.fromkeys(("blt", "blt_local_encoder", "blt_local_decoder", "blt_patcher"), {"vocab_size": VOCAB}),
+    **{part: {"vocab_size": VOCAB} for part in ("blt", "blt_local_encoder", "blt_local_decoder", "blt_patcher")},
     "cohere_compass_text": {
         "layer_types": SLIDING_AND_FULL,
         "rope_parameters": {"full_attention": None, "sliding_attention": ROPE | {"mrope_section": [2, 1, 1]}},

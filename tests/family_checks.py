@@ -386,12 +386,16 @@ def check_result(known: Facts, trained: tuple[Path, Tensor], tokenizer: PreTrain
     allowed = max(LOSS, ROUNDING * abs(own - before))
     if known.repeats and not model_draws(known.model) and not abs(losses[0] - before) <= allowed:
         known.faults.append(f"trained {how}: the first loss is {losses[0]:.6f}, in float64 {before:.6f}")
-    after = load_model(final)
+    known.tested.append(f"two steps {how}")
+    try:
+        after = load_model(final)
+    except Exception as error:
+        known.faults.append(f"trained {how}: the folder does not load: {type(error).__name__}: {error}")
+        return
     if not (off := float((logits(after) - theirs).abs().max() / theirs.abs().max().clamp_min(1))) <= LOGITS and known.repeats:
         known.faults.append(f"trained {how}: the folder's logits differ from the trained model's by {off:.2g} (relative)")
     if not (better := mean_loss(exact_copy(after), tokenizer)) < before:
         known.faults.append(f"trained {how}: the loss went from {before:.4f} to {better:.4f}")
-    known.tested.append(f"two steps {how}")
 
 
 def model_draws(model: PreTrainedModel) -> bool:
