@@ -6,6 +6,7 @@ python tests/families_sweep.py llama gemma4 # these alone; writes nothing
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import NamedTuple
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
+import transformers
 from every_family import FAMILIES, NOT_BUILT
 from family_checks import check_damages, check_intact, check_published, check_training, facts
 from helpers import tiny_tokenizer
@@ -75,7 +77,7 @@ def check(family: str) -> Line:
                 check_training(known, folder, tokenizer)
         except Exception as error:
             return Line(family, "", "", "", "", [f"the check itself: {type(error).__name__}: {error}"])
-    tested = ", ".join(known.tested)
+    tested = ", ".join([*([f"{len(known.damages)} damages"] if known.damages else []), *known.tested])
     return Line(family, type(known.model).__name__, known.runs, known.adapters, tested, known.faults)
 
 
@@ -84,48 +86,54 @@ def _too_long(*seen: object) -> None:
 
 
 def page(lines: Sequence[Line]) -> str:
-    import transformers
-
-    table = ["| family | model | rows | adapters | tested |", "|---|---|---|---|---|"]
-    for line in lines:
-        if line.family not in NOT_BUILT:
-            cells = (
-                line.family,
-                line.model,
-                line.runs,
-                line.adapters,
-                "; ".join(["**wrong**", *line.faults]) if line.faults else line.tested,
-            )
-            table.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    reasons = [f"| {family} | {reason} |" for family, reason in NOT_BUILT.items()]
-    parts = (
-        HEADER.format(version=transformers.__version__),
-        *table,
-        "\n## Not built\n",
-        "| family | reason |",
-        "|---|---|",
-        *reasons,
+    """The table as a page of the docs."""
+    built = [line for line in lines if line.family not in NOT_BUILT]
+    rows = [
+        row(
+            line.family,
+            line.model,
+            line.runs,
+            line.adapters,
+            "; ".join(["**wrong**", *line.faults]) if line.faults else line.tested,
+        )
+        for line in built
+    ]
+    return "\n".join(
+        [
+            HEADER.format(version=transformers.__version__),
+            row("family", "model", "rows", "adapters", "tested"),
+            "|---|---|---|---|---|",
+            *rows,
+            "\n## Not built\n",
+            row("family", "reason"),
+            "|---|---|",
+            *(row(family, reason) for family, reason in NOT_BUILT.items()),
+            "",
+        ]
     )
-    return "\n".join(parts) + "\n"
+
+
+def row(*cells: str) -> str:
+    """A line of a table, without the folders of this run."""
+    plain = (re.sub(r"\w+='/[^']*':? ?", "", cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(plain)} |"
 
 
 def main(families: Sequence[str]) -> int:
     """Check families, several at a time; the exit code is 1 where something is wrong."""
-    lines = []
+    lines: list[Line] = []
     context = multiprocessing.get_context("fork")
     with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         for line in pool.imap(check, families or FAMILIES):
             lines.append(line)
-            print(
-                f"{'WRONG' if line.faults else 'right'} {line.family}: {line.runs or '-'}; adapters: {line.adapters or '-'}",
-                flush=True,
-            )
+            state = "WRONG" if line.faults else "right" if line.model else "-----"
+            print(f"{state} {line.family}: {line.runs}{'; adapters: ' if line.adapters else ''}{line.adapters}", flush=True)
             for fault in line.faults:
                 print(f"      {fault}", flush=True)
     if not families:
         PAGE.write_text(page(lines), encoding="utf-8")
-    wrong = sum(bool(line.faults) for line in lines)
-    print(f"{len(lines) - wrong} right, {wrong} wrong")
+    wrong, right = sum(bool(line.faults) for line in lines), sum(bool(line.model and not line.faults) for line in lines)
+    print(f"{right} right, {wrong} wrong, {len(lines) - right - wrong} not built")
     return int(wrong > 0)
 
 

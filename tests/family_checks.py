@@ -70,6 +70,7 @@ class Facts:
     faults: list[str] = field(default_factory=list)
     runs: str = ""
     adapters: str = ""
+    damages: list[str] = field(default_factory=list)
     tested: list[str] = field(default_factory=list)
 
 
@@ -253,7 +254,7 @@ def _check(damage: Damage, model: PreTrainedModel, whole: Path, folder: Path, kn
         known.faults.append(f"{damage.name}: {'loaded' if kind == 'right' else kind}{': ' if words else ''}{words}")
     elif not names_one(words, damage.names) and not names_one(words, report(folder)):
         known.faults.append(f"{damage.name}: refused without the name of a tensor: {words}")
-    known.tested.append(damage.name)
+    known.damages.append(damage.name)
 
 
 PUBLISHED = (AutoModelForSeq2SeqLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
