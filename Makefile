@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-gpu golden faults families bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
+.PHONY: quickstart test test-slow test-ranks test-gpu golden faults families bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,9 @@ test: .venv/.installed-dev  ## every test but the slow ones
 
 test-slow: .venv/.installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-ranks: .venv/.installed-dev  ## whole runs under torchrun: the quickstart on two ranks, a killed rank
+	$(BIN)/python -m pytest -m ranks -s
 
 test-gpu: .venv/.installed-dev  ## the tests of what only a GPU runs; all others hide the GPUs
 	TEST_ON_GPU=1 $(BIN)/python -m pytest tests/models/test_varlen.py

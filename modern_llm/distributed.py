@@ -87,7 +87,9 @@ class _Host:
     loading: Any = None
     """For the thread that prepares batches."""
     beating: Any = None
-    """For the thread of `together`."""
+    """For `beats`."""
+    beats: threading.Thread | None = None
+    """The newest thread of `together`."""
 
 
 _host = _Host()
@@ -136,7 +138,9 @@ class _Beats(threading.Thread):
         self.stopped = threading.Event()
         self.failure = ""
         self.failures: dict[int, str] = {}
-        self.lost: RankError | None = None
+        self.error: Exception | None = None
+        assert _host.beats is None or not _host.beats.is_alive(), "together inside of together: two threads on one group"
+        _host.beats = self
         self.start()
 
     def run(self) -> None:
@@ -147,8 +151,8 @@ class _Beats(threading.Thread):
                 while num_done < dist.get_world_size() and not self.failures:
                     num_done = self._exchange()
                     self.stopped.wait(pause)
-        except RankError as error:
-            self.lost = error
+        except Exception as error:
+            self.error = error  # raised by `finish`
 
     def _exchange(self) -> int:
         """One sign of life of every rank; returns how many are done."""
@@ -174,8 +178,8 @@ class _Beats(threading.Thread):
         """
         self.stopped.set()
         self.join()
-        if self.lost is not None:
-            raise self.lost
+        if self.error is not None:
+            raise self.error
         if self.failures:
             number, text = min(self.failures.items())
             raise RankError(f"rank {number}: {text}")

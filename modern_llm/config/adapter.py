@@ -20,8 +20,8 @@ class AdapterConfig(StrictModel):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the inputs of A that is dropped in training; the frozen weights see all of them."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which layers get an adapter. `all-linear`: every linear layer but the output projection. Or the ends of names, such as
-    `[q_proj, v_proj]`."""
+    """Which layers get an adapter. `all-linear`: every linear layer but the output projection; the log names those on which
+    an adapter could not learn. Or the ends of names, such as `[q_proj, v_proj]`; a name for such layers alone is refused."""
     quantize: Literal["nf4"] | None = None
     """`nf4` (QLoRA, arXiv 2305.14314): the frozen linear layers are kept in 4 bits, their scales in 8. None: in full."""
 

@@ -11,8 +11,8 @@ from modern_llm.config.base import one_line, shown
 
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, AssertionError, StrictDataclassError)
 """What transformers 5.x raises for settings that are no model's, and for a model that brings code of its own."""
-BNB_4BIT = "bitsandbytes 4-bit"
-"""The one quantization that is unpacked."""
+BNB_4BIT, MXFP4 = "bitsandbytes 4-bit", "mxfp4"
+"""Quantizations that are unpacked: by us, and by transformers as it loads (gpt-oss)."""
 
 
 def read_architecture(folder: Path, where: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
@@ -38,7 +38,9 @@ def read_architecture(folder: Path, where: str) -> tuple[PreTrainedConfig, tuple
         raise UserError(f"{where}: holds no model that can be loaded: {reason_of(error)}") from None
     _check_kind(config, where)
     method = quantization_of(config)
-    if method not in (None, BNB_4BIT):
+    if method == MXFP4:
+        config.quantization_config = {**plain_settings(config.quantization_config), "dequantize": True}  # type: ignore[attr-defined]
+    elif method not in (None, BNB_4BIT):
         raise UserError(
             f"{where}: its weights are quantized ({method}), which can be run and not trained: start from the model that it "
             f"was made from, in 16 or 32 bits, and quantize the result"
@@ -64,14 +66,18 @@ def quantization_of(config: PreTrainedConfig) -> str | None:
         return None
     if settings is None:
         return "compressed-tensors"
-    if not isinstance(settings, dict):
-        settings = settings.to_dict()
+    settings = plain_settings(settings)
     method = settings.get("quant_method")
     if settings.get("load_in_4bit") and method in (None, "bitsandbytes", "bitsandbytes_4bit"):
         return BNB_4BIT
     if settings.get("load_in_8bit") or method in ("bitsandbytes", "bitsandbytes_8bit"):
         return "bitsandbytes 8-bit"
     return shown(method).strip("'")
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    """Settings of a quantization as a dict, which transformers makes an object of."""
+    return settings if isinstance(settings, dict) else settings.to_dict()
 
 
 def _without_missing_pad_token(config: PreTrainedConfig) -> tuple[str, ...]:

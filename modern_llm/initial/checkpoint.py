@@ -94,7 +94,7 @@ class InitialCheckpoint:
             UserError: a weight is missing, left over or of another shape, or adapters do not fit the model under them.
         """
         if self.base is None:
-            model = load_weights(self.name, self.where, self.config)
+            model = load_weights(self.name, self.folder, self.where, self.config, self.generation)
             if below is not None:
                 below.root_weights = weights_hash(model)
         else:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
-from modern_llm.initial.architecture import BNB_4BIT, UNREADABLE, quantization_of, reason_of
+from modern_llm.config.io import read_json
+from modern_llm.foreign import INDEX
+from modern_llm.initial.architecture import UNREADABLE, quantization_of, reason_of
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch's wrappers put into names, at any place."""
@@ -25,50 +27,69 @@ MAX_NAMES = 3
 """Names in an error."""
 
 
-def load_weights(name: str, where: str, config: PreTrainedConfig) -> PreTrainedModel:
+def load_weights(
+    name: str, folder: Path, where: str, config: PreTrainedConfig, generation: GenerationConfig | None
+) -> PreTrainedModel:
     """Load a causal language model in fp32 from a folder or a hub id; safetensors only, no remote code.
 
     Names may have a prefix that wrappers leave (`_orig_mod.`, `module.`, `base_model.model.` …): it is taken off where that
-    makes all of them fit. Weights in bitsandbytes' 4 bits are unpacked.
+    makes all of them fit. Weights in bitsandbytes' 4 bits and in mxfp4 are unpacked.
 
     Args:
         name: folder or hub id.
+        folder: that folder, or the snapshot of the hub's.
         where: begins the message of an error.
         config: of the checkpoint.
+        generation: of the checkpoint. None: it has none.
 
     Raises:
         UserError: a weight is missing, is left over, or has another shape than the config says, with the first names.
     """
-    model, report = _read(name, where, config, None)
-    problem, as_named = _problem(report, model, name), True
-    for mapping in _renamings(report["unexpected_keys"]) if problem else ():
-        other, report = _read(name, where, config, mapping)
-        if not _problem(report, other, name):
+    model, report = _read(name, where, config, generation, None)
+    problem, as_named = _problem(report, model, folder), True
+    for mapping in _renamings([*_shapes(folder)]) if problem else ():
+        other, report = _read(name, where, config, generation, mapping)
+        if not _problem(report, other, folder):
             model, problem, as_named = other, None, False
             break
     if problem:
         raise UserError(f"{where}: {problem}")
-    if quantization_of(config) == BNB_4BIT:
-        _unpack_4bit_(model)
+    if quantization_of(config) is not None:
+        _make_plain_(model)
         as_named = False
     if not as_named:  # transformers 5.23 saves under the names and in the form that were loaded; so, under those of its class
         model._weight_conversions = None  # type: ignore[assignment]
     return model
 
 
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of a folder's tensors."""
+    index = folder / INDEX
+    files = sorted(set(read_json(index, unique=False)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    found: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(folder / file, "pt") as tensors:
+            found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 - it is no dict
+    return found
+
+
 def _read(
-    name: str, where: str, config: PreTrainedConfig, key_mapping: dict[str, str] | None
+    name: str,
+    where: str,
+    config: PreTrainedConfig,
+    generation: GenerationConfig | None,
+    key_mapping: dict[str, str] | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model, and what transformers' loader says of the names."""
     device = {"device_map": {"": "cpu"}} if quantization_of(config) else {}
+    generation = generation or GenerationConfig.from_model_config(config)  # given, lest an invalid one is read from the folder
     try:
         with torch.random.fork_rng(), _quiet_loader():  # transformers draws the weights that are missing
             return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value] - a pair, with output_loading_info
-                name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=key_mapping, **device,
+                name, config=config, generation_config=generation, dtype=torch.float32, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=key_mapping,
+                **device,
             )  # fmt: skip
-    except UserError:
-        raise
     except (OSError, SafetensorError, RuntimeError, *UNREADABLE) as error:
         if isinstance(error, OSError) and Path(name).is_dir():
             reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
@@ -88,7 +109,7 @@ def _quiet_loader() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _problem(report: dict[str, Any], model: PreTrainedModel, name: str) -> str | None:
+def _problem(report: dict[str, Any], model: PreTrainedModel, folder: Path) -> str | None:
     """What does not fit, with the first names; None if everything does."""
     if wrong := sorted(report["mismatched_keys"]):
         shapes = [f"{key} ({_shape(there)}, in config.json {_shape(expected)})" for key, there, expected in wrong]
@@ -97,7 +118,7 @@ def _problem(report: dict[str, Any], model: PreTrainedModel, name: str) -> str |
             f"the weights of one model into the folder"
         )
     missing = sorted(report["missing_keys"])
-    over = [key for key in sorted(report["unexpected_keys"]) if not _is_computed(key, name)]
+    over = [key for key in sorted(report["unexpected_keys"]) if not _is_computed(key, folder)]
     if report["error_msgs"]:
         return one_line(f"holds no model that can be loaded: {report['error_msgs'][0]}", 300)
     if not missing and not over:
@@ -119,44 +140,39 @@ def _names(keys: list[str]) -> str:
     return ", ".join(keys[:MAX_NAMES]) + (f" and {len(keys) - MAX_NAMES} more" if len(keys) > MAX_NAMES else "")
 
 
-def _is_computed(key: str, name: str) -> bool:
+def _is_computed(key: str, folder: Path) -> bool:
     """Whether a tensor that no class reads is a buffer which is computed: a mask, frequencies, positions."""
     last = key.rpartition(".")[2]
-    if last in COMPUTED:
-        return True
-    if last != "bias" or not Path(name).is_dir():
-        return False
-    for file in Path(name).glob("*.safetensors"):  # GPT-2 and its kin saved the causal mask as `attn.bias`
-        with safe_open(file, "pt") as tensors:
-            if key in tensors.keys():  # noqa: SIM118 - it is no dict
-                return len(tensors.get_slice(key).get_shape()) == 4
-    return False
+    # GPT-2 and its kin saved the causal mask, (1, 1, n, n), as `attn.bias`
+    return last in COMPUTED or (last == "bias" and len(_shapes(folder).get(key, [])) == 4)
 
 
-def _renamings(keys: set[str]) -> Iterator[dict[str, str]]:
-    """Ways to take off what wrappers put before names or into them, as patterns for transformers' loader."""
+def _renamings(names: list[str]) -> Iterator[dict[str, str]]:
+    """Ways to take off what wrappers put before names or into them, as patterns for transformers' loader.
+
+    Args:
+        names: all that the files hold; none may become another's.
+    """
     inner = {rf"(^|\.){wrapper}\.": r"\1" for wrapper in WRAPPERS}
-    if any(re.search(pattern, key) for key in keys for pattern in inner):
-        yield inner
-    shared = _shared_parts(sorted(keys))
-    for count in range(len(shared), 0, -1):
-        yield {rf"^{re.escape('.'.join(shared[:count]))}\.": "", **inner}
+    shared = _shared_parts(sorted(names))
+    tried = [{rf"^{re.escape('.'.join(shared[:count]))}\.": "", **inner} for count in range(len(shared), 0, -1)]
+    for mapping in (inner, *tried):
+        renamed = list(names)
+        for pattern, replacement in mapping.items():
+            renamed = [re.sub(pattern, replacement, key) for key in renamed]
+        if renamed != names and len(set(renamed)) == len(names):
+            yield mapping
 
 
-def _shared_parts(keys: list[str]) -> list[str]:
-    """Leading parts that all names have in common."""
-    if not keys:
-        return []
-    first, last = keys[0].split(".")[:-1], keys[-1].split(".")[:-1]  # of sorted names the most different ones
-    count = 0
-    while count < min(len(first), len(last)) and first[count] == last[count]:
-        count += 1
-    return first[:count]
+def _shared_parts(names: list[str]) -> list[str]:
+    """Leading parts that all names have in common, of sorted ones the first and the last."""
+    first, last = (names[at].split(".")[:-1] if names else [] for at in (0, -1))
+    return [part for at, part in enumerate(first) if first[: at + 1] == last[: at + 1]]
 
 
 @torch.no_grad()
-def _unpack_4bit_(model: PreTrainedModel) -> None:
-    """Put plain fp32 layers in place of bitsandbytes' 4-bit ones, with the weights that their codes stand for."""
+def _make_plain_(model: PreTrainedModel) -> None:
+    """Put fp32 layers in place of bitsandbytes' 4-bit ones, with the weights that their codes stand for; forget the packing."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 

@@ -25,6 +25,7 @@ from modern_llm.config.base import one_line
 from modern_llm.config.io import read_json
 from modern_llm.models.adapter_sum import PREFIX, AdaptersBelow, own_part
 from modern_llm.models.adapters import NAME
+from modern_llm.models.build import grow_vocabulary
 
 SETTINGS, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
 """Files of an adapter folder, as peft and transformers name them."""
@@ -229,6 +230,7 @@ def merge(base: PreTrainedModel, folder: Path, field: str, below: AdaptersBelow 
         from modern_llm.models.nf4 import round_to_nf4_
 
         round_to_nf4_(base)
+    _grow_as_saved(base, folder)
     with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws weights before it has read them
         warnings.simplefilter("ignore")
         try:
@@ -242,6 +244,15 @@ def merge(base: PreTrainedModel, folder: Path, field: str, below: AdaptersBelow 
     if (folder / GENERATION).is_file():
         merged.generation_config = GenerationConfig.from_pretrained(str(folder))
     return merged.requires_grad_(True)
+
+
+def _grow_as_saved(base: PreTrainedModel, folder: Path) -> None:
+    """Give the base as many rows as the tables have that peft saved with the adapters, where these were made larger."""
+    table = next(name for name, m in base.named_modules() if m is base.get_input_embeddings())
+    with safe_open(folder / WEIGHTS, "pt") as tensors:
+        name = f"{PREFIX}{table}.weight"
+        if name in tensors.keys():  # noqa: SIM118 - it is no dict
+            grow_vocabulary(base, tensors.get_slice(name).get_shape()[0])
 
 
 def _wrapped(base: PreTrainedModel, folder: Path) -> Any:

@@ -1,6 +1,6 @@
 """Adapters on adapters as one adapter on the model under all of them, which peft and transformers load as any other.
 
-With s = alpha / rank, W + s₁ B₁A₁ + s₂ B₂A₂ = W + s₂ [(s₁/s₂) B₁, B₂] [A₁; A₂]: for plain LoRA the sum is exact, and ranks add.
+With s = alpha / rank, W + s₁ B₁A₁ + s₂ B₂A₂ = W + s₂ (s₁/s₂ B₁, B₂) (A₁; A₂): for plain LoRA the sum is exact, and ranks add.
 """
 
 from dataclasses import dataclass, field

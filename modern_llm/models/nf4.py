@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config import UserError
+from modern_llm.models.linear_layers import linear_layers, used_otherwise
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -56,7 +57,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_(model: PreTrainedModel) -> None:
-    """Put `NF4Linear` in place of every linear layer but the output projection; the model must be on the CPU.
+    """Put `NF4Linear` in place of every linear layer that multiplies by its weight alone; the model must be on the CPU.
 
     Quantising on the CPU gives the same 4 bits whatever the model moves to afterwards.
 
@@ -76,8 +77,8 @@ def round_to_nf4_(model: PreTrainedModel) -> None:
 
 
 def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    head = model.get_output_embeddings()
-    found = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    otherwise = used_otherwise(model)
+    found = {name: m for name, m in linear_layers(model).items() if type(m) is nn.Linear and name not in otherwise}
     if not found:
         raise UserError(f"adapter.quantize='nf4': {type(model).__name__} has no linear layers to keep in 4 bits: leave it out")
     return found

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
 from modern_llm.layout import PackedRow, Segment, pack, sent
 from modern_llm.losses.summed_nll import SumOfTokens
 from modern_llm.losses.token_logprobs import EachToken
 from modern_llm.models.attention import IMPLEMENTATIONS, Kernel, attention_layout
 from modern_llm.models.linear import use_faster_products
 from modern_llm.models.routing import run_experts_in_autocast
+from modern_llm.models.vocabulary import free_padding_rows
 
 LOGPROBS = EachToken()
 """What a policy is asked for unless told otherwise."""
@@ -72,7 +74,7 @@ class Policy(nn.Module):
         """Whether its layers are compiled (`models.compilation`), which rounds otherwise."""
         self.note: str | None = None
         """A sentence for the log where it does not run in the fast way."""
-        refuse_seeing_ahead(model)
+        free_padding_rows(model)
         run_experts_in_autocast(model)
         use_faster_products(model)
         self._choose_path()
@@ -155,12 +157,11 @@ class Policy(nn.Module):
         segments = check_segments(self.model) if given is None else given
         row = pack(segments).to(self.device)
         with self._as_it_came():
-            wanted = torch.cat([self._own_logprobs(segment) for segment in segments])
-            if not bool(wanted.isfinite().all()):
-                raise UserError(
-                    f"the log-probs of this {name} are not finite, so its weights are damaged: use another checkpoint"
-                )
-            is_last = self.plain_head if given else self._projection_is_last(torch.from_numpy(segments[0].ids))
+            wanted = self._all_own_logprobs(segments)
+            is_last = self.plain_head
+            if given is None:
+                refuse_seeing_ahead(self.model)
+                is_last = self._projection_is_last(torch.from_numpy(segments[0].ids))
         heads = (True, False) if is_last else (False,)
         reasons = {}
         if self.packs:
@@ -224,6 +225,27 @@ class Policy(nn.Module):
     def _may_flip(self) -> float:
         """Share of tokens that may differ by rounding alone."""
         return FLIPPED_SHARE if any("expert" in name for name, _ in self.model.named_modules()) else 0.0
+
+    def _all_own_logprobs(self, segments: Sequence[Segment]) -> Tensor:
+        """`_own_logprobs` of each, one after the other.
+
+        Raises:
+            UserError: the model's own code fails on them, or they are not finite.
+        """
+        name = type(self.model).__name__
+        try:
+            found = torch.cat([self._own_logprobs(segment) for segment in segments])
+        except Exception as error:  # whatever a model's own code stumbles over
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            on = sorted({name.rpartition(".")[2] for name, m in self.model.named_modules() if hasattr(m, "lora_variant")})
+            adapters = f" with adapters on {', '.join(on)}" if on else ""
+            reason = one_line(f"{type(error).__name__}: {error}", 200)
+            tokens = len(segments[0])
+            raise UserError(f"{name}{adapters} fails on {tokens} tokens ({reason}): correct its config.json") from error
+        if not bool(found.isfinite().all()):
+            raise UserError(f"the log-probs of this {name} are not finite, so its weights are damaged: use another checkpoint")
+        return found
 
     def _own_logprobs(self, segment: Segment) -> Tensor:
         """(targets,) log-probs of one sequence through the model's unchanged forward."""

@@ -15,7 +15,7 @@ from modern_llm.config import DPOConfig, TrainingConfig
 from modern_llm.config.base import StrictModel
 from modern_llm.config.data import DatasetConfig, LanguageModelingDatasetConfig
 from modern_llm.config.io import plain
-from modern_llm.config.resolve import STAGE_DEFAULTS
+from modern_llm.config.resolve import filled_settings
 from modern_llm.config.training import NO_EFFECT, Stage
 from modern_llm.data.sources import Kind, open_source
 from modern_llm.data.tokenizer import load_tokenizer, template_fingerprint
@@ -48,11 +48,8 @@ def stage_inputs(
     Raises:
         UserError: something that is named is not there.
     """
-    train_fields = plain(train)
-    for name, value in STAGE_DEFAULTS[stage].items():
-        if train_fields[name] is None:
-            train_fields[name] = value
-    configs = {"train": {name: value for name, value in train_fields.items() if name not in (*NO_EFFECT, *BY_CONTENT)}}
+    settings = plain(train.model_copy(update=filled_settings(train, stage)))
+    configs = {"train": {name: value for name, value in settings.items() if name not in (*NO_EFFECT, *BY_CONTENT)}}
     configs |= {name: deciding(section) for name, section in sections.items()}
     data, dpo = sections["data"], sections.get("dpo")
     assert isinstance(data, DatasetConfig)

@@ -166,6 +166,8 @@ def train_stage(
         state = None if found is None else load_state(found)
         policy = _make_policy(opened, config, data, device, drop_out, precision)
         with _open_log(config, 0 if state is None else state["step"]) as log:
+            for note in () if opened.initial is None else opened.initial.notes:
+                log.message(note)
             _describe(log, policy, data, config, f"{device} {why}", found, damaged)
             log.message(_compile(policy, stage, config, data, precision))
             data = data if prepare is None else prepare(policy, data, precision, log)

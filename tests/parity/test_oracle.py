@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from condition import truth_of
 from helpers import (
     ANSWERS,
     KERNELS,
@@ -256,7 +257,6 @@ def test_packed_logprobs_and_gradients_equal_the_oracle(
     """Segments of one token, of prompt and answer, and longer than the sliding window."""
     window = {"sliding_window": 8} if architecture == "gpt_oss" else {}
     model = sharpened(tiny_model(tokenizer, architecture=architecture, **window))
-    slow = oracle.float64_copy(model)
     segments = [
         random_segment(0, 20),
         random_segment(1, 1),
@@ -264,14 +264,15 @@ def test_packed_logprobs_and_gradients_equal_the_oracle(
         random_segment(3, 33, [t % 3 > 0 for t in range(33)]),
         random_segment(4, 2),
     ]
-    wanted = torch.stack([value for segment in segments for value in oracle.token_logprobs(slow, sample(segment))])
+    row = pack(segments)
+    factors = torch.randn(row.num_scored, generator=torch.Generator().manual_seed(0))
+    truth = truth_of(model, [sample(segment) for segment in segments], factors)
     policy = Policy(model, kernel)
-    got = policy(pack(segments)).logprobs
-    assert float((got.double() - wanted).abs().max().detach()) <= TOKEN_LOGPROB
-    factors = torch.randn(len(wanted), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    (got * factors.float()).sum().backward()
+    got = policy(row).logprobs
+    assert float((got.double() - truth.logprobs).abs().max().detach()) <= truth.logprob_tolerance
+    (got * factors).sum().backward()
     fast = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in policy.model.named_parameters()}
-    assert relative_error(fast, oracle.gradients(slow, (wanted * factors).sum())) <= GRADIENT
+    assert relative_error(fast, truth.gradients) <= truth.gradient_tolerance
 
 
 def test_the_sliding_window_decides_the_logprobs_of_this_check(tokenizer: PreTrainedTokenizerFast) -> None:

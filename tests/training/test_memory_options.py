@@ -329,11 +329,14 @@ def test_no_warning_of_an_old_name(tokenizer: PreTrainedTokenizerFast, recwarn: 
 
 @pytest.fixture
 def collector() -> Iterator[None]:
-    """As it was, whatever a test does."""
-    was_on = gc.isenabled()
+    """With nothing frozen; afterwards as it was, whatever a test does."""
+    was_on, was_frozen = gc.isenabled(), gc.get_freeze_count() > 0
+    gc.unfreeze()
     yield
     gc.unfreeze()
     gc.enable() if was_on else gc.disable()
+    if was_frozen:
+        gc.freeze()
 
 
 @pytest.mark.usefixtures("collector")

@@ -90,17 +90,18 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
     precision, _ = choose_precision("auto", policy.device)
     objective = LanguageModelingObjective() if kind == "documents" else PreferenceObjective(DPOConfig(loss_type="simpo"))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=True)
-    seconds: list[float] = []
+    seconds, cpu_seconds = [], []
     resident: list[float] = []
     for step in range(steps):
         (batch,) = micro_batches(examples_of(kind, step), 16)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         with autocast(precision, policy.device):
             outcome = objective(policy, batch)
         torch.stack([term.weight / batch.counts[term.unit] * term.total for term in outcome.terms.values()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
         if (step + 1) % 10 == 0:
             gc.collect()  # as the product does at each log line
         resident.append(resident_gib())
@@ -111,6 +112,7 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
         "growth": round(resident[-1] / resident[third - 1] - 1, 4),
         "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 4),
         "step_seconds": round(statistics.median(seconds[third:]), 4),
+        "cpu_seconds": round(statistics.median(cpu_seconds[third:]), 4),
         "precision": str(precision).removeprefix("torch."),
     }
 
