@@ -21,7 +21,8 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_
 import torch
 import transformers
 from every_family import FAMILIES, NOT_BUILT
-from family_checks import check_damages, check_intact, check_published, check_training, facts
+from family_folders import check_damages, check_intact, check_published, facts
+from family_training import check_training
 from helpers import tiny_tokenizer
 
 from modern_llm.data.store import CACHE_VARIABLE

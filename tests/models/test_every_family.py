@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 from every_family import FAMILIES, NOT_BUILT
-from family_checks import check_damages, check_intact, check_published, check_training, facts
+from family_folders import check_damages, check_intact, check_published, facts
+from family_training import check_training
 from transformers import PreTrainedTokenizerFast
 
 TRAINED = (

@@ -1,7 +1,7 @@
-"""What a family's folder must do: load as it is, be refused or mended when it is damaged, and train as float64 says.
+"""What a family's folder must do: load as it is, and be mended or refused when it is damaged.
 
 Checks write the faults that they find into `Facts.faults`, a sentence each. What is expected comes from transformers alone: its
-loading report, and the unwrapped model in float64.
+own loading report.
 """
 
 import copy
@@ -13,15 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import oracle
 import torch
 from every_family import tiny_config, tiny_model
-from helpers import ANSWERS, QUESTIONS, chat, logged, recorded_loops, relative_error, sample, write_jsonl
-from layouts import everything
 from safetensors.torch import load_file, save_file
-from tolerances import GRADIENT, LOSS, TOKEN_LOGPROB
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -30,26 +25,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.pytorch_utils import Conv1D
 
-from modern_llm import AdapterConfig, InstructionDatasetConfig, TrainingConfig, run_sft
 from modern_llm.config import UserError
 from modern_llm.initial.checkpoint import load_model
-from modern_llm.layout import Segment, pack
-from modern_llm.models.adapters import add_adapter
-from modern_llm.models.policy import Policy
 
 Weights = dict[str, Tensor]
 Settings = dict[str, Any]
 
-ROUNDING = 4.0
-"""How many times as far as the unwrapped fp32 model the fast path may be from float64: both add up the same terms, in other
-orders, so they are off by about as much."""
-LOGITS = 1e-5
-"""Relative to the largest: the trained model against what is loaded from its folder. Merging adapters changes the order of
-sums."""
-LATER = ("later", "future", "causal", "ahead", "bidirectional")
-"""Words of which a refusal of a model that sees later tokens has one."""
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 PREFIXES = ("_orig_mod.", "module.", "base_model.model.")
 
@@ -75,8 +57,6 @@ class Facts:
 
 
 PROBE = torch.randint(5, 256, (1, 40), generator=torch.Generator().manual_seed(1))
-TOKENS = torch.randint(0, 256, (8, 40), generator=torch.Generator().manual_seed(2))
-"""Enough for each expert to get some."""
 
 
 @torch.no_grad()
@@ -288,183 +268,3 @@ def check_published(known: Facts, family: str, tokenizer: PreTrainedTokenizerFas
 def names_one(words: str, names: Iterable[str] | None) -> bool:
     """Whether a message has one of the names; any message will do where transformers cannot load the settings at all (None)."""
     return names is None or any(name in words for name in names)
-
-
-# Training
-
-
-def check_training(known: Facts, folder: Path, tokenizer: PreTrainedTokenizerFast, in_full: bool = True) -> None:
-    """Train a folder with adapters, and in full too, or see it refused."""
-    try:
-        policy = Policy(load_model(known.folder))
-        final = train(known.folder, folder / "full") if in_full or known.sees_later else None
-    except UserError as error:
-        known.runs = f"refused: {error}"
-        if known.sees_later and not any(word in str(error) for word in LATER):
-            known.faults.append(f"sees later tokens, and the refusal does not say so: {error}")
-        elif not known.sees_later and known.reloads and known.repeats and known.pads:
-            known.faults.append(f"training: refused without need: {error}")
-        return
-    except Exception as error:
-        known.faults.append(f"training: traceback: {type(error).__name__}: {error}")
-        return
-    if known.sees_later:
-        known.faults.append("sees later tokens, and is trained")
-        return
-    known.runs = "packed" if policy.packs else "padded"
-    check_logprobs(known, policy)
-    if final is not None:
-        check_result(known, final, tokenizer, "in full")
-    check_adapters(known, folder, tokenizer)
-
-
-def train(start: Path, output: Path, **settings: Any) -> tuple[Path, Tensor]:
-    """Two steps over all chats, with an evaluation behind each; (the result's folder, the trained model's logits)."""
-    rows = [{"prompt": question, "completion": answer} for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
-    config = TrainingConfig(
-        output_dir=output, batch_size=len(rows), max_steps=2, learning_rate=1e-3, warmup_steps=0, log_every=1,
-        mixed_precision="fp32", compile="off", eval_every=1, **settings,
-    )  # fmt: skip
-    (data := output.with_name(f"{output.name}-data")).mkdir()
-    write_jsonl(data / "train.jsonl", rows)
-    write_jsonl(data / "test.jsonl", [{"prompt": f"{row['prompt']} Why?", "completion": row["completion"]} for row in rows])
-    with recorded_loops() as loops:
-        final = run_sft(start, config, InstructionDatasetConfig(dataset_name=str(data), eval_split="test"))
-    with loops[0].policy.as_loaded() as model:
-        return final, logits(model)
-
-
-def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The unwrapped model in float64; in fp32 where its own code can do nothing else."""
-    slow = plain_copy(oracle.float64_copy(model))
-    try:
-        is_finite = all(logits(slow, PROBE[:, :length]).isfinite().all() for length in (1, 3, 40))
-    except (RuntimeError, TypeError):
-        is_finite = False
-    return slow if is_finite else plain_copy(model)
-
-
-def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The unwrapped model without a cache, whose states some families write in place."""
-    model = copy.deepcopy(model).eval()
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = False
-    return model
-
-
-def own_logprobs(model: PreTrainedModel) -> Tensor:
-    return torch.stack([value for segment in everything() for value in oracle.token_logprobs(model, sample(segment))])
-
-
-def check_logprobs(known: Facts, policy: Policy) -> None:
-    """Log-probs and their gradients on documents, chats and pairs, longer than windows and top-k, against float64."""
-    if not known.repeats:
-        return
-    slow, plain = exact_copy(known.model), plain_copy(known.model)
-    wanted, own = own_logprobs(slow), own_logprobs(plain)
-    gradients, own_gradients = (oracle.gradients(m, values.sum()) for m, values in ((slow, wanted), (plain, own)))
-    got = policy.eval()(pack(everything())).logprobs
-    got.sum().backward()
-    mine = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in policy.model.named_parameters()}
-    allowed = max(TOKEN_LOGPROB, ROUNDING * float((own.double() - wanted).abs().max()))
-    if not (off := float((got.double() - wanted).abs().max())) <= allowed:
-        known.faults.append(f"log-probs of {known.runs} rows are off by {off:.2g} nats, {allowed:.2g} is rounding")
-    allowed = max(GRADIENT, ROUNDING * relative_error(own_gradients, gradients))
-    if not (off := relative_error(mine, gradients)) <= allowed:
-        known.faults.append(f"gradients of {known.runs} rows are off by {off:.2g} (relative), {allowed:.2g} is rounding")
-    known.tested.append("log-probs and gradients")
-
-
-def mean_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> float:
-    rows = [chat(tokenizer, question, answer) for question, answer in zip(QUESTIONS, ANSWERS, strict=True)]
-    with torch.no_grad():
-        return float(oracle.language_model_loss(model, rows))
-
-
-def check_result(known: Facts, trained: tuple[Path, Tensor], tokenizer: PreTrainedTokenizerFast, how: str) -> None:
-    """The first loss is that of float64, and the folder that the run left is the model that it trained, and better."""
-    final, theirs = trained
-    before, own = mean_loss(exact_copy(known.model), tokenizer), mean_loss(plain_copy(known.model), tokenizer)
-    losses = logged(final.parent, "loss")
-    allowed = max(LOSS, ROUNDING * abs(own - before))
-    if known.repeats and not model_draws(known.model) and not abs(losses[0] - before) <= allowed:
-        known.faults.append(f"trained {how}: the first loss is {losses[0]:.6f}, in float64 {before:.6f}")
-    known.tested.append(f"two steps {how}")
-    try:
-        after = load_model(final)
-    except Exception as error:
-        known.faults.append(f"trained {how}: the folder does not load: {type(error).__name__}: {error}")
-        return
-    if not (off := float((logits(after) - theirs).abs().max() / theirs.abs().max().clamp_min(1))) <= LOGITS and known.repeats:
-        known.faults.append(f"trained {how}: the folder's logits differ from the trained model's by {off:.2g} (relative)")
-    if not (better := mean_loss(exact_copy(after), tokenizer)) < before:
-        known.faults.append(f"trained {how}: the loss went from {before:.4f} to {better:.4f}")
-
-
-def model_draws(model: PreTrainedModel) -> bool:
-    """Whether two passes in train mode differ: some routers draw their experts."""
-    with torch.no_grad(), torch.random.fork_rng():
-        model.train()
-        passes = [model(input_ids=PROBE, use_cache=False).logits for _ in range(4)]
-        model.eval()
-    return not all(torch.equal(one, passes[0]) for one in passes)
-
-
-def check_adapters(known: Facts, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """With default settings each linear layer that learns gets an adapter, and each adapter learns; or one line says which
-    setting is needed."""
-    try:
-        check_placement(known)
-        final = train(known.folder, folder / "lora", adapter=AdapterConfig())
-    except UserError as error:
-        known.adapters = f"refused: {error}"
-        if "target_modules" not in str(error):
-            known.faults.append(f"adapters: refused without the setting to use: {error}")
-        return
-    except Exception as error:
-        known.faults.append(f"adapters: traceback: {type(error).__name__}: {error}")
-        return
-    check_result(known, final, tokenizer, "with adapters")
-
-
-def check_placement(known: Facts) -> None:
-    """Compare the layers that get an adapter with the linear layers that learn in the unwrapped model."""
-    linear, learning = linear_layers(known.model)
-    model = load_model(known.folder)
-    add_adapter(model, AdapterConfig(), 0)
-    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_variant")}
-    row = pack([Segment(ids, np.ones(len(ids), dtype=bool)) for ids in TOKENS.numpy()])
-    scores = Policy(model).train()(row).logprobs
-    (scores * torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-    still = [n for n, p in model.named_parameters() if "lora_B" in n and (p.grad is None or not p.grad.any())]
-    for what, names in (
-        ("linear layers without an adapter", learning - adapted),
-        ("adapters on what is no linear layer", adapted - linear),
-        ("adapters that never move", still),
-    ):
-        if names:
-            known.faults.append(f"{what}: {', '.join(kinds(names))}")
-    idle = kinds(linear - adapted - learning)
-    known.adapters = f"{len(adapted)} layers" + (f"; not {', '.join(idle)}" if idle else "")
-
-
-def linear_layers(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the linear layers beside the head, and of those that do a plain product whose weight gets a gradient."""
-    model, called = copy.deepcopy(model), set()
-    head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
-    for name, layer in layers.items():
-        layer.register_forward_hook(lambda *seen, name=name: called.add(name))
-    logprobs = model(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)
-    (logprobs * torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-    plain = (nn.Linear.forward, Conv1D.forward)
-    learning = {n for n, m in layers.items() if n in called and type(m).forward in plain and _has_gradient(m.weight)}
-    return set(layers), learning
-
-
-def _has_gradient(weight: Tensor) -> bool:
-    return weight.grad is not None and bool(weight.grad.any())
-
-
-def kinds(names: Iterable[str]) -> list[str]:
-    return sorted({re.sub(r"\.\d+(?=\.|$)", ".N", name).removesuffix(".lora_B.default.weight") for name in names})
