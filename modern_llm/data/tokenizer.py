@@ -33,7 +33,12 @@ DEFAULT_VOCAB_SIZE = 8192
 
 
 def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTrainedTokenizerFast:
-    """A tokenizer from a folder or a hub id.
+    """A tokenizer from a folder or a hub id, with a chat template: its own, or ChatML."""
+    return with_chat_template(read_tokenizer(name, field))
+
+
+def read_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or a hub id, as it is there.
 
     Raises:
         UserError: not there, not reachable, or with no end token.
@@ -63,7 +68,7 @@ def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
             f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop"
         )
     tokenizer.init_kwargs.pop("local_files_only", None)  # transformers 5.23 would save it, where the hub was not asked
-    return with_chat_template(tokenizer)
+    return tokenizer
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -34,7 +34,7 @@ class HeldOut:
 
 def held_out(config: PipelineConfig, checkpoint: Path) -> HeldOut:
     """What the pipeline's data sets hold out, within the limits of `config.evaluation`, for the checkpoint's tokenizer."""
-    encoder, limits = ChatEncoder(read_initial(checkpoint).tokenizer()[0]), config.evaluation
+    encoder, limits = ChatEncoder(read_initial(checkpoint).tokenizer().tokenizer), config.evaluation
     blocks: list[Example] = []
     pairs: list[Pair] = []
     questions: list[dict] = []
@@ -59,7 +59,7 @@ def measure(checkpoint: Path, anchor: Path | str | None, data: HeldOut, config: 
         data: what no stage trained on.
         config: limits, and the settings of preference training.
     """
-    encoder, limits = ChatEncoder(read_initial(checkpoint).tokenizer()[0]), config.evaluation
+    encoder, limits = ChatEncoder(read_initial(checkpoint).tokenizer().tokenizer), config.evaluation
     model = _ready(checkpoint)
     metrics: dict[str, float] = {}
     answers: list[Answer] = []

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from modern_llm.checkpoint import DamagedError, read_manifest, sha256_of_file, verify, weights_hash
 from modern_llm.config import UserError
 from modern_llm.config.paths import expanded
-from modern_llm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from modern_llm.data.tokenizer import load_tokenizer, read_tokenizer, tokenizer_fingerprint, with_chat_template
 from modern_llm.foreign import check_settings
 from modern_llm.hub import commit_of, hub
 from modern_llm.initial.architecture import read_architecture
@@ -35,6 +35,23 @@ ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt")
 """Files of a model folder that decide what is loaded."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 """A folder with one of these has a tokenizer of its own."""
+
+
+class NamedTokenizer(NamedTuple):
+    """The tokenizer of a checkpoint."""
+
+    tokenizer: PreTrainedTokenizerFast
+    """With a chat template."""
+    name: str
+    """To record."""
+    known: int
+    """Tokens that it had before those of a chat template were added."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, name: str) -> Self:
+        """Add a chat template where there is none."""
+        known = len(tokenizer)
+        return cls(with_chat_template(tokenizer), name, known)
 
 
 @dataclass(frozen=True)
@@ -136,10 +153,8 @@ class InitialCheckpoint:
                 return owner
         return None
 
-    def tokenizer(self, asked: str | None = None) -> tuple[PreTrainedTokenizerFast, str]:
-        """Load the tokenizer, and return it with the name to record for it.
-
-        It is the folder's own, or that of the model under its adapters.
+    def tokenizer(self, asked: str | None = None) -> "NamedTokenizer":
+        """Load the tokenizer: the folder's own, or that of the model under its adapters.
 
         Args:
             asked: folder or hub id that the user named. Where the checkpoint has a tokenizer too, both must be identical.
@@ -156,18 +171,19 @@ class InitialCheckpoint:
                     f"{self.where}: only a model is there, and no tokenizer: name one by tokenizer_name, or save its tokenizer "
                     f"in the same folder"
                 )
-            return load_tokenizer(asked), asked
-        own = load_tokenizer(owner.name, self.field)
+            return NamedTokenizer.of(read_tokenizer(asked), asked)
+        own = read_tokenizer(owner.name, self.field)
         recorded = (owner.manifest or {}).get("tokenizer_name") or owner.name
+        found = NamedTokenizer.of(own, recorded)
         if asked is None or asked in (recorded, owner.name):
-            return own, recorded
+            return found
         other = load_tokenizer(asked)
         if tokenizer_fingerprint(other) != tokenizer_fingerprint(own):
             raise UserError(
                 f"tokenizer_name={asked!r} ({len(other)} tokens) is not the tokenizer of {self.where} "
                 f"({len(own)} tokens, {recorded!r}): leave tokenizer_name out"
             )
-        return own, recorded
+        return found
 
 
 def read_initial(checkpoint: Path | str, field: str = "checkpoint") -> InitialCheckpoint:

@@ -14,6 +14,7 @@ from modern_llm.initial.handoff import check_contract
 from modern_llm.models.adapter_folders import AdapterBase, adapter_hash, adapter_section, check_base, saved_adapter
 from modern_llm.models.adapter_sum import AdaptersBelow
 from modern_llm.models.build import grow_vocabulary
+from modern_llm.models.vocabulary import fill_untrained_rows, template_tokens, untrained_tokens
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def open_checkpoint(
     """
     initial = read_initial(checkpoint, field)
     initial.verify()
-    tokenizer, recorded_name = initial.tokenizer(tokenizer_name)
+    tokenizer, recorded_name, known = initial.tokenizer(tokenizer_name)
     if adapter is not None and adapter.continue_training:
         return _open_to_continue(initial, adapter, tokenizer, recorded_name)
     below = _below(initial, adapter)
@@ -72,11 +73,15 @@ def open_checkpoint(
     if below is not None and below.obstacle:
         raise _no_sum(initial, below.obstacle)
     check_contract(initial.manifest, model, tokenizer, initial.where)
+    tokens = template_tokens(tokenizer)
+    untrained = untrained_tokens(model, tokens, known)
+    fill_untrained_rows(model, tokens.values())
     lacking = grow_vocabulary(model, len(tokenizer))
-    if lacking and adapter is not None:
+    if adapter is not None and (untrained or lacking):
+        which = f"{', '.join(untrained)} of its chat template" if untrained else f"{lacking} tokens of its tokenizer"
         raise UserError(
-            f"{initial.where} has no embeddings for {lacking} tokens of its tokenizer and chat template, and an "
-            f"adapter leaves new rows all alike: train once without it, or give the tokenizer a chat_template of tokens it has"
+            f"{initial.where} has no trained embeddings for {which}, and an adapter leaves new rows as they are: train once "
+            f"without it, or give the tokenizer a chat_template of tokens it has"
         )
     weights = initial.hash_of(model)
     base = None

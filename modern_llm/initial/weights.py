@@ -173,13 +173,14 @@ def _shared_parts(names: list[str]) -> list[str]:
 @torch.no_grad()
 def _make_plain_(model: PreTrainedModel) -> None:
     """Put fp32 layers in place of bitsandbytes' 4-bit ones, with the weights that their codes stand for; forget the packing."""
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
+
+    from modern_llm.models.nf4 import unpacked
 
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Linear4bit)]:
         state = layer.weight.quant_state  # type: ignore[attr-defined]
         state.dtype = torch.float32
-        weight = dequantize_4bit(layer.weight.data, state)
+        weight = unpacked(layer.weight.data, state)
         turned = getattr(layer, "source_cls", None) is Conv1D  # which transformers 5.23 packs as (out, in)
         plain: nn.Module
         if turned:

@@ -26,6 +26,7 @@ from modern_llm.config.io import read_json
 from modern_llm.models.adapter_sum import PREFIX, AdaptersBelow, own_part
 from modern_llm.models.adapters import NAME
 from modern_llm.models.build import grow_vocabulary
+from modern_llm.models.peft_names import peft_without_bitsandbytes
 
 SETTINGS, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
 """Files of an adapter folder, as peft and transformers name them."""
@@ -124,7 +125,8 @@ def save_adapter(
     if base.below is not None:
         scale = settings["lora_alpha"] / settings["r"]
         weights, layers, rank = base.below.with_own(weights, scale)
-        settings |= {"target_modules": layers, "r": rank, "lora_alpha": scale * rank}
+        modules = [layer for layer in layers if f"{layer}.weight" not in (settings["target_parameters"] or ())]
+        settings |= {"target_modules": modules, "r": rank, "lora_alpha": scale * rank}
     save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     settings["base_model_name_or_path"] = base.checkpoint if local is None else str(local)
     settings["inference_mode"] = True
@@ -208,6 +210,7 @@ def adapter_section(folder: Path) -> dict[str, Any]:
     return (read_manifest(folder) or {}).get("adapter") or {}
 
 
+@peft_without_bitsandbytes()
 def merge(base: PreTrainedModel, folder: Path, field: str, below: AdaptersBelow | None = None) -> PreTrainedModel:
     """The base with the adapters of a folder added to its weights, in the type of these: a plain model again.
 

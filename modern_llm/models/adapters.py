@@ -204,9 +204,9 @@ def _weight_rows(layer: Any) -> Tensor:
     """(out, in) frozen weight."""
     weight = layer.get_base_layer().weight
     if (state := getattr(weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
+        from modern_llm.models.nf4 import unpacked
 
-        return dequantize_4bit(weight.data, state)
+        return unpacked(weight.data, state)
     return weight.T if layer.fan_in_fan_out else weight
 
 

@@ -62,10 +62,9 @@ def _is_product(layer: nn.Linear | Conv1D) -> bool:
     x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            y = layer(x)
-        except Exception:  # whatever its own code stumbles over: it takes something else than vectors
+            y, expected = layer(x), F.linear(x, weight, layer.bias)
+        except Exception:  # whatever its own code stumbles over: it takes something else than vectors, or holds no matrix
             return False
-        expected = F.linear(x, weight, layer.bias)
     if not isinstance(y, Tensor) or y.shape != expected.shape:
         return False
     return y.is_meta or float((y - expected).abs().max()) <= PROBE_TOLERANCE * float(expected.abs().max())

@@ -208,7 +208,7 @@ def _tokenizer_of(arguments: Any) -> PreTrainedTokenizerFast:
     """The tokenizer that a stage uses."""
     if isinstance(arguments, PretrainArguments):
         return load_tokenizer(arguments.tokenizer_name or "")
-    return _initial_of(arguments).tokenizer(arguments.tokenizer_name)[0]
+    return _initial_of(arguments).tokenizer(arguments.tokenizer_name).tokenizer
 
 
 def _initial_of(arguments: Any) -> InitialCheckpoint:

@@ -86,7 +86,7 @@ def pipeline_tokenizer(config: PipelineConfig) -> PreTrainedTokenizerFast:
     if config.pretrain is None:
         assert config.start_checkpoint is not None
         first = config.training(config.stages()[0])
-        return read_initial(config.start_checkpoint, "start_checkpoint").tokenizer(first.tokenizer_name)[0]
+        return read_initial(config.start_checkpoint, "start_checkpoint").tokenizer(first.tokenizer_name).tokenizer
     name = config.pretrain.train.tokenizer_name
     if name is not None:
         return load_tokenizer(name)

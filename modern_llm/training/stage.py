@@ -27,8 +27,9 @@ from modern_llm.initial.opened import Opened, open_checkpoint
 from modern_llm.lock import only_writer
 from modern_llm.metrics import RunLog
 from modern_llm.models.adapter_folders import load_adapter_weights
-from modern_llm.models.adapters import adapter_layers, add_adapter, keep_frozen_in
+from modern_llm.models.adapters import adapter_layers, add_adapter, describe_left_out, keep_frozen_in
 from modern_llm.models.compilation import compile_layers
+from modern_llm.models.idle_adapters import take_out_idle_adapters
 from modern_llm.models.policy import Policy, context_length, disable_dropout, refuse_random_training, vocabulary_rows
 from modern_llm.models.recomputation import recompute_activations
 from modern_llm.models.routing import check_routed
@@ -164,11 +165,13 @@ def train_stage(
             print(f"{config.run_name}: finished already: {final}", flush=True)
             return final
         state = None if found is None else load_state(found)
-        policy = _make_policy(opened, config, data, device, drop_out, precision)
+        policy, left_out = _make_policy(opened, config, data, device, drop_out, precision)
         with _open_log(config, 0 if state is None else state["step"]) as log:
             for note in () if opened.initial is None else opened.initial.notes:
                 log.message(note)
             _describe(log, policy, data, config, f"{device} {why}", found, damaged)
+            for line in describe_left_out(left_out):
+                log.message(line)
             log.message(_compile(policy, stage, config, data, precision))
             data = data if prepare is None else prepare(policy, data, precision, log)
             if found is not None:
@@ -266,8 +269,8 @@ def _angles_change_beyond(config: PreTrainedConfig) -> int | None:
     return min((p.get("original_max_position_embeddings") or config.max_position_embeddings for p in turning), default=None)
 
 
-def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> None:
-    """Put the run's adapters into the model, or back into it.
+def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> dict[str, str]:
+    """Put the run's adapters into the model, and return the layers that get none, each with the reason.
 
     Raises:
         UserError: a setting that would have no effect with them.
@@ -279,10 +282,9 @@ def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> None
             f"adapter.dropout={config.adapter.dropout} has no effect where disable_dropout switches all dropout off: leave it "
             f"out, or set dpo_config.disable_dropout: false"
         )
-    add_adapter(opened.model, opened.adapter, config.seed)
-    if opened.continued is not None:
-        load_adapter_weights(opened.model, opened.continued)
+    left_out = add_adapter(opened.model, opened.adapter, config.seed)
     ParameterGroups(opened.model).check(config)
+    return left_out
 
 
 def _load_weights(model: PreTrainedModel, found: Path) -> None:
@@ -300,10 +302,10 @@ def _make_policy(
     device: torch.device,
     drop_out: bool,
     precision: torch.dtype,
-) -> Policy:
+) -> tuple[Policy, dict[str, str]]:
+    """The model as it trains, and the layers that are asked for and get no adapter, each with the reason."""
     model = opened.model
-    if config.adapter is not None:
-        _add_adapter(opened, config, drop_out)
+    left_out = {} if config.adapter is None else _add_adapter(opened, config, drop_out)
     model.to(device)  # type: ignore[arg-type]
     if not drop_out:
         disable_dropout(model)
@@ -311,11 +313,15 @@ def _make_policy(
     policy.check_rows(longest_rows(data, config, vocabulary_rows(model)))
     if not drop_out:
         refuse_random_training(policy)
+    if opened.adapter is not None:
+        left_out |= take_out_idle_adapters(policy, opened.adapter, data.longest)
+    if opened.continued is not None:
+        load_adapter_weights(model, opened.continued)
     if config.gradient_checkpointing:
         recompute_activations(model, config.checkpointed_share)
     if config.adapter is not None and precision != torch.float32:
         keep_frozen_in(model, precision)  # last: the checks above run without autocast
-    return policy
+    return policy, left_out
 
 
 def _compile(policy: Policy, stage: Stage, config: TrainingConfig, data: PreparedData, precision: torch.dtype) -> str:

@@ -215,7 +215,7 @@ def test_a_peft_folder_has_the_tokenizer_of_its_base(tokenizer, data, tmp_path) 
     model.save_pretrained(tmp_path / "given")
     assert not (tmp_path / "given" / "tokenizer.json").exists()
     initial = read_initial(tmp_path / "given")
-    assert len(initial.tokenizer()[0]) == len(tokenizer)
+    assert len(initial.tokenizer().tokenizer) == len(tokenizer)
     assert (initial.root.folder, [adapter.folder for adapter in initial.chain]) == (start, [tmp_path / "given"])
     assert dpo(tmp_path / "given", data, tmp_path / "dpo", adapter=AdapterConfig(rank=2))
 
@@ -302,7 +302,7 @@ def test_full_training_of_a_4_bit_checkpoint_gives_a_plain_one(tokenizer, data, 
 
 
 def test_what_goes_by_the_place_in_a_row_beyond_a_dozen_tokens_is_found_and_runs_padded() -> None:
-    """A layer that scales what stands at place 40 and later: of a sequence in its own forward, of the whole row in a packed one."""
+    """A layer that scales what stands at place 40 and later: of a sequence in its own forward, of the row in a packed one."""
     model = sharpened(random_model(families()["llama"]))
 
     def scaled(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:

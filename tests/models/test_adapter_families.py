@@ -22,7 +22,7 @@ from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
-from modern_llm.models.adapter_folders import adapter_weights, save_adapter
+from modern_llm.models.adapter_folders import AdapterBase, adapter_weights, save_adapter
 from modern_llm.models.adapters import adapter_layers, adapters_off, add_adapter, describe_left_out, keep_frozen_in
 from modern_llm.models.idle_adapters import take_out_idle_adapters
 from modern_llm.models.linear_layers import linear_layers, used_otherwise
@@ -134,7 +134,7 @@ def move(model: PreTrainedModel) -> PreTrainedModel:
 
 def saved(policy: Policy, base: Path, folder: Path) -> Path:
     folder.mkdir()
-    save_adapter(policy.model, adapter_weights(policy.model), folder, folder, {"checkpoint": str(base), "weights": ""}, None)
+    save_adapter(policy.model, adapter_weights(policy.model), folder, folder, AdapterBase(str(base), "", None))
     return folder
 
 

@@ -197,17 +197,22 @@ def test_saved_modules_make_no_sum(base, data, tokenizer, tmp_path) -> None:
 ON = {"adapter": AdapterConfig(continue_training=True)}
 
 
+ROUNDED = AdapterConfig(rank=2, quantize="nf4")
+
+
 @pytest.mark.parametrize(
-    "first",
-    [LORA, AdapterConfig(rank=2, kind="dora", target_modules=("v_proj",)), AdapterConfig(rank=2, quantize="nf4")],
-    ids=["lora", "dora", "nf4"],
+    ("first", "rounded"),
+    [
+        (LORA, False),
+        (AdapterConfig(rank=2, kind="dora", target_modules=("v_proj",)), False),
+        (ROUNDED, False),  # on the rounded values, in full
+        (ROUNDED, True),
+    ],
+    ids=["lora", "dora", "nf4 in full", "nf4"],
 )
-@pytest.mark.parametrize("rounded", [False, True])
 def test_going_on_begins_with_the_folders_model_which_is_the_reference(
     first: AdapterConfig, rounded: bool, base, data, tmp_path, monkeypatch
 ) -> None:
-    if rounded and first.quantize is None:
-        pytest.skip("only weights that were rounded before are rounded again")
     start = sft(base, data, tmp_path / "sft", adapter=first)
     quantize = "nf4" if rounded else None
     again = sft(

@@ -326,7 +326,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(t
     bigger = AutoTokenizer.from_pretrained(small)
     bigger.add_tokens(["<|a|>", "<|b|>"])
     bigger.save_pretrained(small)
-    with pytest.raises(UserError, match=r"no embeddings for 2 tokens .* train once without it"):
+    with pytest.raises(UserError, match=r"no trained embeddings for 2 tokens .* train once without it"):
         sft(small, data, tmp_path / "run")
     assert sft(small, data, tmp_path / "full", adapter=None, learning_rate=1e-5)
 
