@@ -9,6 +9,7 @@ from collections.abc import Set
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -167,6 +168,9 @@ def _as_trained(model: PreTrainedModel) -> PreTrainedModel:
             parameter.mul_(2.0)  # fresh weights make nearly uniform attention, in which a wrong mask hides
         else:
             parameter.add_(0.1 * torch.randn(parameter.shape))
+    for table in model.modules():
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:  # a control token of the tests' tokenizer
+            table.weight[table.padding_idx] = table.weight.std() * torch.randn(table.embedding_dim)
     return model
 
 
