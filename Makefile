@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-ranks test-gpu golden faults bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
+.PHONY: quickstart test test-slow test-ranks test-gpu golden faults families bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -39,6 +39,9 @@ golden: .venv/.installed-dev  ## record this machine's golden runs anew; look at
 
 faults: .venv/.installed-dev  ## runs killed, signalled, damaged and refused by the disk, hundreds of times; prints its counts
 	FAULT_KILLS=200 FUZZ_CASES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -s
+
+families: .venv/.installed-dev  ## every model family of transformers, built tiny, damaged and trained; writes docs/families.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families_sweep.py $(ARGS)
 
 bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
 	$(BIN)/python experiments/benchmarks/data/run.py
