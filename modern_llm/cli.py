@@ -40,6 +40,7 @@ from modern_llm.config.commands import (
     kind_of_file,
 )
 from modern_llm.config.io import json_schema, read_yaml
+from modern_llm.config.paths import expanded
 from modern_llm.exit_codes import STORAGE_FAILED, WRONG_INPUT, code_of
 from modern_llm.secrets import without_secrets
 
@@ -84,7 +85,7 @@ def parse(kind: type[Arguments], command: str, words: list[str]) -> Arguments:
         given = source()
     except SettingsError as error:
         raise UserError(_complaint(options, str(error))) from None
-    content = {} if config_path is None else read_yaml(config_path)
+    content = {} if config_path is None else read_yaml(expanded(config_path))
     if other := command_of_file(content, kind):
         place = "" if other == "run" else "--config "
         raise UserError(f"{config_path}: a file for modern-llm {other} {place}{config_path}, not for {command.split()[0]}")
@@ -264,7 +265,7 @@ def _file_first(command: str, words: list[str], kind: type[BaseModel], example: 
         UserError: there is none.
     """
     if words and _is_name(words[0]):
-        return words[0]
+        return expanded(words[0])
     if {"-h", "--help"} & set(words):
         parse(kind, f"{command} {what.upper()}", words)
     raise UserError(f"{command}: give the {what} first, e.g. modern-llm {command} {example}")
@@ -319,7 +320,7 @@ def _verify(words: list[str]) -> None:
 
 
 def _diff(words: list[str]) -> None:
-    named = [Path(word) for word in words[:2] if _is_name(word)]
+    named = [Path(expanded(word)) for word in words[:2] if _is_name(word)]
     parse(DiffArguments, "diff CHECKPOINT CHECKPOINT", words[len(named) :])
     if len(named) < 2:
         raise UserError("diff: give two checkpoints, e.g. modern-llm diff runs/a/sft_final runs/b/sft_final")

@@ -9,9 +9,8 @@ from modern_llm import checkpoint as folders
 from modern_llm.config import UserError
 from modern_llm.config.commands import ExportType
 from modern_llm.data.tokenizer import template_fingerprint
-from modern_llm.models.build import make_savable, start_hash
-from modern_llm.training.contract import contract
-from modern_llm.training.stage import open_checkpoint
+from modern_llm.initial.handoff import contract
+from modern_llm.initial.opened import open_checkpoint
 
 TYPES: dict[ExportType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,11 +36,12 @@ def export_checkpoint(checkpoint: Path | str, output_dir: Path, dtype: ExportTyp
     output_dir = Path(output_dir)
     if output_dir.exists() and folders.read_manifest(output_dir) is None:
         raise UserError(f"output_dir={str(output_dir)!r} is there and is no export of ours: give another folder")
-    model, tokenizer, tokenizer_name = open_checkpoint(checkpoint, None, "checkpoint")
+    opened = open_checkpoint(checkpoint, None, "checkpoint")
+    model, tokenizer = opened.model, opened.tokenizer
     record = {
         "stage": "export",
         "dtype": dtype,
-        "parent": {"checkpoint": str(checkpoint), "weights": start_hash(checkpoint, model)},
+        "parent": {"checkpoint": str(checkpoint), "weights": opened.weights},
         "tokenizer": template_fingerprint(tokenizer),
     }
     if output_dir.exists():
@@ -49,11 +49,10 @@ def export_checkpoint(checkpoint: Path | str, output_dir: Path, dtype: ExportTyp
         return output_dir
     _round_(model, TYPES[dtype])
     with folders.atomic_folder(output_dir) as scratch:
-        make_savable(model)
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         more = {
-            "tokenizer_name": tokenizer_name,
+            "tokenizer_name": opened.tokenizer_name,
             "weights": folders.weights_hash(model),
             "contract": contract(model, tokenizer),
         }

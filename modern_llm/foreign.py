@@ -23,8 +23,8 @@ KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementatio
 """Fields by which a config chooses the code of its layers; `organisation/name` is code from the hub."""
 
 
-def check_settings(checkpoint: Path | str, field: str) -> None:
-    """Refuse a folder or hub id whose settings are too large, name pickles as weights, or name code.
+def check_settings(checkpoint: Path | str, field: str) -> Path:
+    """Refuse a folder or hub id whose settings are too large, name pickles as weights, or name code; return its local folder.
 
     Args:
         checkpoint: a folder or a hub id, of which only small files are fetched.
@@ -46,6 +46,7 @@ def check_settings(checkpoint: Path | str, field: str) -> None:
         _check_weights(_settings(folder / INDEX))
     except UserError as error:
         raise UserError(f"{field}={str(checkpoint)!r}: {error}: use another checkpoint") from None
+    return folder
 
 
 def _settings(path: Path) -> dict[str, Any]:

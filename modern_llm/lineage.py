@@ -10,7 +10,8 @@ from modern_llm.checkpoint import DamagedError, read_manifest, verify
 from modern_llm.config import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig, UserError
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.training import Stage
-from modern_llm.training.inputs import KINDS, content_of, identity
+from modern_llm.initial.checkpoint import identity
+from modern_llm.training.inputs import KINDS, content_of
 from modern_llm.training.resume import differences, short
 
 DATA: dict[Stage, type[DatasetConfig]] = {

@@ -16,10 +16,11 @@ from modern_llm.config.io import plain, read_json
 from modern_llm.config.training import Stage
 from modern_llm.evaluation.stages import HeldOut, held_out, measure
 from modern_llm.exit_codes import GateError, Stopped
+from modern_llm.initial.checkpoint import identity
 from modern_llm.report.table import show, write_report
 from modern_llm.reuse import Decision, decide, place_of, settle
 from modern_llm.secrets import record_without_secrets
-from modern_llm.training.inputs import KINDS, code_version, content_of, deciding, identity, libraries, stage_inputs
+from modern_llm.training.inputs import KINDS, code_version, content_of, deciding, libraries, stage_inputs
 from modern_llm.training.train_dpo import run_dpo
 from modern_llm.training.train_lm import run_training
 from modern_llm.training.train_sft import run_sft

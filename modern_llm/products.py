@@ -93,7 +93,8 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _goes_to_onednn(x, x.numel() * len(weight)):
         return _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    found = F.linear(x, weight, bias)
+    return found.clone() if found._is_view() else found  # a model may change the output in place, which no view allows
 
 
 @_linear.register_fake

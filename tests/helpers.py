@@ -1,8 +1,11 @@
 """What many tests build: a tiny tokenizer, tiny models, rows with known tokens, runs that stop, what a run left behind."""
 
+import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,6 +214,26 @@ def largest_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> flo
     return max(float((got[name].double() - wanted[name].double()).abs().max()) for name in wanted)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Path:
+    """A folder that `make` filled for all processes of this test run; for what takes a process many seconds."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = factory.mktemp(name)
+        make(folder)
+        return folder
+    import fcntl
+
+    folder = factory.getbasetemp().parent / name  # beside the folders of the processes
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder.with_suffix(".made")
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """What a checkpoint folder holds, tied weights once."""
     return load_file(folder / "model.safetensors")
@@ -234,3 +257,8 @@ def metric_lines(output_dir: Path) -> list[dict[str, Any]]:
 def logged(output_dir: Path, name: str) -> list[float]:
     """One metric of every line that has it."""
     return [line[name] for line in metric_lines(output_dir) if name in line]
+
+
+# also in the processes that tests start: each run in them would walk all that was imported again (see `conftest.py`)
+gc.collect()
+gc.freeze()

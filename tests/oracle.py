@@ -19,6 +19,9 @@ def float64_copy(model):
     model.set_attn_implementation("eager")
     if hasattr(model, "set_experts_implementation"):  # the default of transformers 5.23, grouped_mm, has no float64
         model.set_experts_implementation("eager")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # the row of a token that a config calls padding has a gradient like any other
     return model
 
 

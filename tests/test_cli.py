@@ -11,6 +11,7 @@ from helpers import write_jsonl
 from modern_llm import cli
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import PipelineConfig
+from modern_llm.config.base import did_you_mean
 from modern_llm.config.commands import PlanArguments
 
 TINY = "{batch_size: 2, max_steps: 2, log_every: 1}"
@@ -254,3 +255,11 @@ def test_the_schema_describes_a_pipeline_file(monkeypatch: pytest.MonkeyPatch, c
     schema = json.loads(capsys.readouterr().out)
     assert {"pretrain", "sft", "dpo", "seed"} <= schema["properties"].keys()
     assert "description" in schema["$defs"]["TrainingConfig"]["properties"]["learning_rate"]
+
+
+def test_a_suggestion_goes_by_the_last_part_of_a_name() -> None:
+    known = ["--train-config.optimizer", "--train-config.keep-checkpoints", "--dpo-config.beta", "--train-config.save-every"]
+    assert "did you mean" not in did_you_mean("--train-config.save-total-limit", known)
+    assert did_you_mean("--train-config.save-evry", known) == "; did you mean '--train-config.save-every'?"
+    assert did_you_mean("--train.bta", known) == "; did you mean '--dpo-config.beta'?"
+    assert did_you_mean("batchsize", ["batch_size", "seed"]) == "; did you mean 'batch_size'?"

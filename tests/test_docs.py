@@ -11,10 +11,10 @@ Fences of a page run in order, in one folder and one namespace. The second word 
     yaml SomeConfig         a file of that config class; under the name in its first line it is there for later commands
 """
 
+import importlib
 import importlib.util
 import io
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -42,6 +42,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 YAML_KINDS = {kind.__name__: kind for kind in (PipelineConfig, PretrainStageConfig, cli.PretrainArguments, cli.DPOArguments)}
 REASON = "Not run by the tests: "
+COMMANDS = ("modern-llm", "python -m modern_llm")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Reader:
             self.printed = self.fail(fence)
         elif fence.language == "bash":
             for line in fence.text.replace("\\\n", " ").splitlines():
-                if line.startswith(("modern-llm", "python -m modern_llm")):
+                if line.startswith(COMMANDS):
                     run_line(line, str(fence))
         elif fence.language == "json":
             read_row(fence)
@@ -118,24 +119,50 @@ class Reader:
         self.printed = out.getvalue()
 
     def fail(self, fence: Fence) -> str:
-        """The error of a command that the user got wrong. In this process: starting a new one takes seconds."""
-        _, *words = shlex.split(fence.text)
-        errors, before = io.StringIO(), sys.argv
-        sys.argv = ["modern-llm", *words]
-        try:
-            with redirect_stderr(errors), pytest.raises(SystemExit) as stopped:
-                cli.main()
-        finally:
-            sys.argv = before
-        assert stopped.value.code == 2, str(fence)
-        return errors.getvalue()
+        """The error of a command that the user got wrong."""
+        code, errors = run_words(shlex.split(fence.text))
+        assert code == 2, str(fence)
+        return errors
 
 
 def run_line(line: str, where: str) -> None:
-    scripts = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"{where}: {line}\n{done.stdout}\n{done.stderr}"
+    """Run a line of a shell, of which pages use `>` alone."""
+    words = shlex.split(line, comments=True)
+    words, file = (words[:-2], words[-1]) if ">" in words else (words, None)
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code, errors = run_words(words)
+    assert code == 0, f"{where}: {line}\n{out.getvalue()}\n{errors}"
+    if file is not None:
+        Path(file).write_text(out.getvalue())
+
+
+def run_words(words: list[str]) -> tuple[int, str]:
+    """Exit code and errors of a command. In this process: starting a new one takes seconds."""
+    errors, before = io.StringIO(), sys.argv
+    sys.argv = words
+    try:
+        with redirect_stderr(errors):
+            if words[0] == "python":
+                _, _, module, *rest = words
+                sys.argv = [module, *rest]
+                importlib.import_module(module).main()
+            else:
+                cli.main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0), errors.getvalue()
+    finally:
+        sys.argv = before
+    return 0, errors.getvalue()
+
+
+@pytest.mark.parametrize("command", [["modern-llm"], ["python", "-m", "modern_llm"]], ids=" ".join)
+def test_the_commands_of_the_pages_start(command: list[str]) -> None:
+    """The installed ones; what they do with their words is run in this process."""
+    program = str(Path(sys.executable).with_name(command[0]))
+    done = subprocess.run([program, *command[1:], "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: modern-llm COMMAND")
 
 
 def read_row(fence: Fence) -> None:

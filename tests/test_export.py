@@ -17,7 +17,7 @@ from modern_llm import cli
 from modern_llm.checkpoint import read_manifest, verify
 from modern_llm.config import UserError
 from modern_llm.export import export_checkpoint
-from modern_llm.models.build import load_model
+from modern_llm.initial.checkpoint import load_model
 
 IDS = torch.arange(3, 33)[None]
 

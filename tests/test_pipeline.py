@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modern_llm import PipelineConfig, load_config, run_pipeline
@@ -15,20 +16,37 @@ from modern_llm.checkpoint import read_manifest
 TRAIN = "{batch_size: 8, max_steps: 2, log_every: 1}"
 
 
-def pipeline_file(folder: Path, architecture: str = "qwen3") -> Path:
+def files_in(folder: Path) -> dict[str, str]:
+    """One folder with a train and a test file for each stage."""
+    rows = {
+        "text": [{"text": f"Anna bakes {n} loaves of bread, and the river rises at dawn."} for n in range(40)],
+        "chats": [{"prompt": f"Who bakes number {n}?", "completion": f"Anna bakes {n}."} for n in range(40)],
+        "pairs": [{"prompt": f"Who bakes number {n}?", "chosen": "Anna bakes.", "rejected": f"Nobody {n}."} for n in range(40)],
+    }
+    for kind, content in rows.items():
+        (folder / kind).mkdir()
+        write_jsonl(folder / kind / "train.jsonl", content[:30])
+        write_jsonl(folder / kind / "test.jsonl", content[30:])
+    return {kind: str(folder / kind) for kind in rows}
+
+
+VILLAGE = dict.fromkeys(("text", "chats", "pairs"), "builtin:village")
+
+
+def pipeline_file(folder: Path, data: dict[str, str], architecture: str = "qwen3") -> Path:
     file = folder / "pipeline.yaml"
     file.write_text(
         f"""
 output_dir: {folder / "runs"}
 pretrain:
   model: {{architecture: {architecture}, d_model: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, max_seq_len: 64, vocab_size: 400}}
-  data: {{dataset_name: "builtin:village", eval_split: test, max_rows: 100}}
+  data: {{dataset_name: "{data["text"]}", eval_split: test, max_rows: 100}}
   train: {TRAIN}
 sft:
-  data: {{dataset_name: "builtin:village", eval_split: test, max_rows: 50, max_length: 64}}
+  data: {{dataset_name: "{data["chats"]}", eval_split: test, max_rows: 50, max_length: 64}}
   train: {TRAIN}
 dpo:
-  data: {{dataset_name: "builtin:village", eval_split: test, max_rows: 50}}
+  data: {{dataset_name: "{data["pairs"]}", eval_split: test, max_rows: 50}}
   dpo: {{max_length: 64}}
   train: {TRAIN}
 evaluation: {{max_blocks: 4, max_questions: 4, max_pairs: 8, max_new_tokens: 4}}
@@ -40,15 +58,15 @@ evaluation: {{max_blocks: 4, max_questions: 4, max_pairs: 8, max_new_tokens: 4}}
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe", "gpt_oss"])
 def test_every_architecture_goes_through_the_three_stages(architecture: str, tmp_path: Path) -> None:
-    result = run_pipeline(load_config(PipelineConfig, pipeline_file(tmp_path, architecture)))
+    data = VILLAGE if architecture == "qwen3" else files_in(tmp_path)
+    result = run_pipeline(load_config(PipelineConfig, pipeline_file(tmp_path, data, architecture)))
     assert list(result.checkpoints) == ["pretrain", "sft", "dpo"]
     written = json.loads((result.report.parent / "results.json").read_text(encoding="utf-8"))
     assert written["stages"] == result.metrics
     assert result.metrics["sft"]["preference_accuracy"] == 0.5  # against itself, by definition
     assert result.metrics["sft"]["kl_to_sft"] == 0.0
-    assert set(result.metrics["dpo"]) == {
-        *("perplexity", "right_answers", "preferred_form", "preference_accuracy", "kl_to_sft", "pairs")
-    }
+    of_the_village = {"right_answers", "preferred_form"} if data is VILLAGE else set()
+    assert set(result.metrics["dpo"]) == {"perplexity", "preference_accuracy", "kl_to_sft", "pairs"} | of_the_village
     for stage, folder in result.checkpoints.items():
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         prompt = tokenizer.apply_chat_template(
@@ -66,10 +84,10 @@ def test_every_architecture_goes_through_the_three_stages(architecture: str, tmp
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: Path) -> None:
-    weights = []
+    weights, data = [], files_in(tmp_path)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
-        config = load_config(PipelineConfig, pipeline_file(tmp_path / name))
+        config = load_config(PipelineConfig, pipeline_file(tmp_path / name, data))
         config = config.model_copy(update={"seed": seed, "sft": None, "dpo": None})
         manifest = read_manifest(run_pipeline(config).checkpoints["pretrain"])
         assert manifest is not None
@@ -79,7 +97,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: P
 
 def test_a_gate_that_is_missed_ends_every_rank_of_torchrun(tmp_path: Path) -> None:
     """Only the main rank measures; the others would wait for it in the next stage."""
-    file = pipeline_file(tmp_path)
+    file = pipeline_file(tmp_path, files_in(tmp_path))
     with file.open("a", encoding="utf-8") as config:
         config.write('gates: {pretrain: {perplexity: "> 1"}, sft: {preference_accuracy: ">= 0.9"}}\n')
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import stopped_after_first_save, write_jsonl
+from helpers import made_once, stopped_after_first_save, write_jsonl
 
-from modern_llm import PipelineConfig, load_config, run_pipeline
+from modern_llm import PipelineConfig, cli, load_config, run_pipeline
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import UserError
 from modern_llm.config.io import dump_yaml
@@ -28,7 +27,7 @@ def config_in(folder: Path, **changes: Any) -> PipelineConfig:
     shape = {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64, "vocab_size": 300}
     content: dict[str, Any] = {
         "output_dir": folder / "runs",
-        "pretrain": {"model": shape, "data": {"dataset_name": "builtin:village", "max_rows": 20}, "train": {**train}},
+        "pretrain": {"model": shape, "data": {"dataset_name": str(folder / "text.jsonl")}, "train": {**train}},
         "sft": {"data": {"dataset_name": str(folder / "chats.jsonl")}, "train": {**train}},
         "dpo": {
             "data": {"dataset_name": str(folder / "pairs.jsonl"), "eval_fraction": 0.4},
@@ -49,11 +48,14 @@ def config_in(folder: Path, **changes: Any) -> PipelineConfig:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A pipeline that has run; copy before changing."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_jsonl(folder / "chats.jsonl", CHATS)
-    write_jsonl(folder / "pairs.jsonl", PAIRS)
-    run_pipeline(config_in(folder))
-    return folder
+
+    def make(folder: Path) -> None:
+        write_jsonl(folder / "text.jsonl", [{"text": chat["completion"] * 8} for chat in CHATS])
+        write_jsonl(folder / "chats.jsonl", CHATS)
+        write_jsonl(folder / "pairs.jsonl", PAIRS)
+        run_pipeline(config_in(folder))
+
+    return made_once(tmp_path_factory, "finished_pipeline", make)
 
 
 @pytest.fixture
@@ -262,14 +264,16 @@ def test_a_gate_of_a_stage_that_is_not_there_is_refused(tmp_path: Path) -> None:
         PipelineConfig.model_validate({**content, "gates": {"dpo": {"right_answers": "> 0"}}})
 
 
-def test_the_command_exits_with_the_codes_of_the_docs(folder: Path) -> None:
+def test_the_command_exits_with_the_codes_of_the_docs(folder: Path, monkeypatch, capsys) -> None:
     (folder / "run.yaml").write_text(dump_yaml(config_in(folder, gates={"sft": {"preference_accuracy": "> 0.6"}})))
-    command = [sys.executable, "-m", "modern_llm", "run", str(folder / "run.yaml")]
-    dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True)
-    assert dry.stdout.count(": reuse: same inputs: ") == 3
-    gated = subprocess.run(command, capture_output=True, text=True)
-    assert gated.returncode == GATE_MISSED
-    assert gated.stderr.splitlines()[-1].startswith("error: gates.sft.preference_accuracy: 0.5")
+    monkeypatch.setattr(sys, "argv", ["modern-llm", "run", str(folder / "run.yaml"), "--dry-run"])
+    cli.main()
+    assert capsys.readouterr().out.count(": reuse: same inputs: ") == 3
+    monkeypatch.setattr(sys, "argv", sys.argv[:-1])
+    with pytest.raises(SystemExit) as gated:
+        cli.main()
+    assert gated.value.code == GATE_MISSED
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: gates.sft.preference_accuracy: 0.5")
 
 
 def test_the_pipelines_time_is_over_before_a_stage(folder: Path, monkeypatch) -> None:

@@ -1,8 +1,8 @@
 """Training a small addition to weights that stay as they are."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from modern_llm.config.base import StrictModel
 
@@ -20,10 +20,22 @@ class AdapterConfig(StrictModel):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the inputs of A that is dropped in training; the frozen weights see all of them."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which layers get an adapter. `all-linear`: every linear layer but the output projection. Or the ends of names, such as
-    `[q_proj, v_proj]`."""
+    """Which layers get an adapter. `all-linear`: every linear layer but the output projection; the log names those on which
+    an adapter could not learn. Or the ends of names, such as `[q_proj, v_proj]`; a name for such layers alone is refused."""
     quantize: Literal["nf4"] | None = None
     """`nf4` (QLoRA, arXiv 2305.14314): the frozen linear layers are kept in 4 bits, their scales in 8. None: in full."""
+
+    continue_training: bool = False
+    """Go on with the adapters that the initial checkpoint is, in place of new ones on them: rank, alpha, kind and layers are
+    theirs. In preference training their own beginning is the reference."""
+
+    @model_validator(mode="after")
+    def _nothing_that_the_folder_decides(self) -> Self:
+        given = self.model_fields_set & {"kind", "rank", "alpha", "target_modules"}
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        if self.continue_training and (wrong := [name for name in sorted(given) if getattr(self, name) != defaults[name]]):
+            raise ValueError(f"{', '.join(wrong)}: the adapters that continue_training goes on with decide this: leave it out")
+        return self
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -15,10 +15,18 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'batch_size'?"` for the nearest known name, or the list of all when nothing is near."""
+    """`"; did you mean 'batch_size'?"` for the nearest known name, or the list of all when nothing is near.
+
+    Of dotted names the last parts must be alike: those before them are alike in every option of a section.
+    """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    alike = difflib.get_close_matches(_last_part(name), {_last_part(other) for other in known}, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, [other for other in known if _last_part(other) in alike], n=1, cutoff=0.0)
     return f"; did you mean '{near[0]}'?" if near else f"; known are: {', '.join(known)}"
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2].lstrip("-")
 
 
 class StrictModel(BaseModel):
@@ -89,4 +97,4 @@ _WRONG_KIND = {"string_type", "dict_type", "float_type", "model_type"}
 def _path(loc: tuple[int | str, ...]) -> list[str]:
     """A problem's path without the kinds that pydantic puts between the fields where a value may be of several."""
     kinds = {"str", "constrained-float", "SourceConfig", "[key]"}
-    return [str(part) for part in loc if part not in kinds and not str(part).startswith("dict[")]
+    return [str(part) for part in loc if part not in kinds and not str(part).startswith(("dict[", "function-"))]

@@ -1,6 +1,5 @@
 """Arguments of the commands, as they stand in a YAML file or on the command line."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -9,6 +8,7 @@ from modern_llm.config.base import StrictModel, UserError
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.model import ModelConfig
+from modern_llm.config.paths import FolderPath, Name
 from modern_llm.config.pipeline import DPOStageConfig, PipelineConfig, PretrainStageConfig, SFTStageConfig
 from modern_llm.config.training import Stage, TrainingConfig
 
@@ -22,27 +22,27 @@ class PretrainArguments(StrictModel):
     """How to train."""
     dataset_config: LanguageModelingDatasetConfig | None = None
     """The documents; left out: `train_config.dataset_name`."""
-    tokenizer_name: str | None = None
+    tokenizer_name: Name | None = None
     """Folder or hub id of the tokenizer; left out: one is trained on the documents."""
 
 
 class SFTArguments(StrictModel):
     """Supervised fine-tuning."""
 
-    pretrain_checkpoint: str
+    pretrain_checkpoint: Name
     """Model to start from: a folder or a hub id."""
     train_config: TrainingConfig = TrainingConfig()
     """How to train."""
     dataset_config: InstructionDatasetConfig | None = None
     """The demonstrations; left out: `train_config.dataset_name`."""
-    tokenizer_name: str | None = None
+    tokenizer_name: Name | None = None
     """Left out: the checkpoint's own tokenizer."""
 
 
 class DPOArguments(StrictModel):
     """Preference training."""
 
-    sft_checkpoint: str
+    sft_checkpoint: Name
     """Model to start from: a folder or a hub id."""
     train_config: TrainingConfig = TrainingConfig()
     """How to train."""
@@ -50,7 +50,7 @@ class DPOArguments(StrictModel):
     """What to optimise."""
     preference_config: PreferenceDatasetConfig | None = None
     """The pairs; left out: `train_config.dataset_name`."""
-    tokenizer_name: str | None = None
+    tokenizer_name: Name | None = None
     """Left out: the checkpoint's own tokenizer."""
 
 
@@ -70,7 +70,7 @@ ExportType = Literal["bf16", "fp16", "fp32"]
 class ExportArguments(StrictModel):
     """A checkpoint as one plain model folder, adapters merged."""
 
-    output_dir: Path
+    output_dir: FolderPath
     """Folder to write it to."""
     dtype: ExportType = "bf16"
     """Type of the weights: half the size of training's fp32 in `bf16` and `fp16`."""
@@ -91,7 +91,7 @@ class SchemaArguments(StrictModel):
 class ReplayArguments(StrictModel):
     """A batch that was skipped, run again."""
 
-    checkpoint: str
+    checkpoint: Name
     """The model to run it through: a folder or a hub id."""
 
 
@@ -102,7 +102,7 @@ class TokenizerArguments(StrictModel):
     """The documents."""
     vocab_size: PositiveInt = 8192
     """Tokens, with the 256 bytes and the control tokens."""
-    output_dir: Path
+    output_dir: FolderPath
     """Folder to write it to."""
 
 

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from modern_llm.config.base import StrictModel
+from modern_llm.config.paths import Name
 
 InstructionAdapterName = Literal[
     "messages", "sharegpt", "alpaca", "dolly", "question_answer", "prompt_completion", "oasst", "oasst_tree"
@@ -38,7 +39,7 @@ class SourceConfig(StrictModel):
 class DatasetConfig(StrictModel):
     """What every kind of data set shares: where rows come from and which of them are held out."""
 
-    dataset_name: str | dict[str, PositiveFloat | SourceConfig]
+    dataset_name: Name | dict[Name, PositiveFloat | SourceConfig]
     """A Hugging Face hub id; a local `.jsonl`, `.json`, `.csv`, `.txt` (each also `.gz` or `.zst`) or `.parquet` file, a folder
     or a glob of them (`data/*.jsonl`); a folder saved by `datasets`; or `builtin:village`. Several: `{name: weight}`, where an
     epoch goes `weight` times through each, or `{name: {weight: 0.5, split: …}}`."""

@@ -1,11 +1,11 @@
 """What preference training optimises: the losses, which option each of them honours, and what is refused."""
 
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from modern_llm.config.base import StrictModel, did_you_mean
+from modern_llm.config.paths import Name
 
 LossType = Literal[
     "sigmoid",
@@ -161,7 +161,7 @@ class DPOConfig(StrictModel):
     """Tokens of the prompt; its beginning is cut. None: bounded by `max_length` alone."""
     max_completion_length: PositiveInt | None = None
     """Tokens of an answer; its end is cut, and with it the end token. None: bounded by `max_length` alone."""
-    reference_checkpoint: Path | str | None = None
+    reference_checkpoint: Name | None = None
     """Model whose log-probs are the reference. None: the starting checkpoint."""
     reference_free: bool = False
     """Count every log-prob of the reference as 0."""
@@ -195,11 +195,6 @@ class DPOConfig(StrictModel):
             if name not in LOSSES:
                 raise ValueError(f"unknown loss '{name}'{did_you_mean(name, LOSSES)}")
         return names[0] if isinstance(value, str) else names
-
-    @field_validator("reference_checkpoint")
-    @classmethod
-    def _path_as_text(cls, value: Path | str | None) -> str | None:
-        return None if value is None else str(value)  # as YAML and the record hold it
 
     @model_validator(mode="after")
     def _check_losses(self) -> Self:

@@ -13,6 +13,7 @@ from modern_llm.config.base import StrictModel
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.model import ModelConfig
+from modern_llm.config.paths import FolderPath, Name
 from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage, TrainingConfig
 
 
@@ -72,11 +73,11 @@ COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator
 class PipelineConfig(StrictModel):
     """Pretrain → SFT → DPO. A stage that is left out is skipped; what comes after starts from `start_checkpoint`."""
 
-    output_dir: Path = Path("experiments/runs/pipeline")
+    output_dir: FolderPath = Path("experiments/runs/pipeline")
     """Folder of the whole run; each stage has a folder of its own in it."""
     seed: NonNegativeInt = 0
     """Seed of every stage that does not set its own."""
-    start_checkpoint: Path | str | None = None
+    start_checkpoint: Name | None = None
     """Model that the first stage starts from, where there is no pretraining: a folder or a hub id."""
     pretrain: PretrainStageConfig | None = None
     """Pretraining."""
@@ -94,11 +95,6 @@ class PipelineConfig(StrictModel):
     ignore_code_changes: bool = False
     """Reuse finished stages, and go on with begun ones, that another version of this package, torch or transformers made;
     configs and data must still be the same."""
-
-    @field_validator("start_checkpoint")
-    @classmethod
-    def _path_as_text(cls, value: Path | str | None) -> str | None:
-        return None if value is None else str(value)  # as YAML and the record hold it
 
     @field_validator("gates")
     @classmethod

@@ -55,27 +55,16 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
         UserError: `batch_size` is not micro-batch × accumulation × ranks (rounded up), warmup is longer than the run, or what a
             default fills in does not go with what was given.
     """
-    filled = config.model_dump()
-    for name, value in STAGE_DEFAULTS[stage].items():
-        if filled[name] is None and name != "batch_size":
-            filled[name] = value
-    if config.adapter is not None and config.learning_rate is None:
-        filled["learning_rate"] *= ADAPTER_RATE
+    filled = filled_settings(config, stage)
     filled["run_name"] = config.run_name or stage
     filled["output_dir"] = config.output_dir or Path("experiments/runs") / filled["run_name"]
     filled["save_every"] = config.save_every or 500
-    if filled["optimizer"] == "muon":
-        filled["muon_learning_rate"] = config.muon_learning_rate or 0.02
-    elif config.muon_learning_rate is not None:
+    if filled["optimizer"] != "muon" and config.muon_learning_rate is not None:
         raise UserError(
             f"muon_learning_rate={config.muon_learning_rate} has no meaning for optimizer='{filled['optimizer']}', the "
             f"default of {stage}: leave it out, or set optimizer: muon"
         )
-    if filled["lr_schedule"] == "wsd":
-        filled["decay_ratio"] = config.decay_ratio or DECAY_RATIO
-    if filled["gradient_checkpointing"]:
-        filled["checkpointed_share"] = config.checkpointed_share or 1.0
-    filled |= _resolve_batch(config, stage, world_size)
+    filled |= _resolve_batch(config, filled["batch_size"], world_size)
     filled |= _resolve_length(config, stage, filled["batch_size"], rows_per_epoch)
     _check_decay(filled)
     if filled["optimizer_in_backward"] and world_size > 1:
@@ -87,6 +76,36 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
         return TrainingConfig(**filled)
     except ValidationError as error:
         raise UserError(explain(error)) from None
+
+
+def filled_settings(config: TrainingConfig, stage: Stage) -> dict[str, Any]:
+    """Every setting that decides a result, with the stage's defaults where it was left out; the same however it was written.
+
+    Lengths stay in epochs where they were given so. Nothing is checked, and nothing depends on the ranks.
+    """
+    filled = dict(config)
+    for name, value in STAGE_DEFAULTS[stage].items():
+        if filled[name] is None:
+            filled[name] = value
+    if config.adapter is not None and config.learning_rate is None:
+        filled["learning_rate"] = round(ADAPTER_RATE * filled["learning_rate"], 12)  # ten times 1e-6 is 1e-5
+    if filled["optimizer"] == "muon":
+        filled["muon_learning_rate"] = config.muon_learning_rate or 0.02
+    if filled["lr_schedule"] == "wsd":
+        filled["decay_ratio"] = config.decay_ratio or DECAY_RATIO
+    if filled["gradient_checkpointing"]:
+        filled["checkpointed_share"] = config.checkpointed_share or 1.0
+    if config.batch_size is None and config.micro_batch_size and config.gradient_accumulation_steps:
+        filled["batch_size"] = config.micro_batch_size * config.gradient_accumulation_steps
+    if config.max_steps is None:
+        filled["num_epochs"] = config.num_epochs or 1.0
+    elif config.warmup_steps is None:
+        filled["warmup_steps"] = _default_warmup(stage, config.max_steps)
+    return filled
+
+
+def _default_warmup(stage: Stage, max_steps: int) -> int:
+    return min(MOST_WARMUP_STEPS[stage], max_steps // 10)
 
 
 def _check_decay(filled: dict[str, Any]) -> None:
@@ -104,13 +123,11 @@ def decay_steps(max_steps: int, decay_ratio: float) -> int:
     return max(1, round(decay_ratio * max_steps))
 
 
-def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dict[str, int]:
-    """The batch of a step, which does not depend on the ranks, and how one rank goes through its share of it."""
-    batch, micro, accumulation = config.batch_size, config.micro_batch_size, config.gradient_accumulation_steps
-    if batch is None:
-        batch = micro * accumulation if micro and accumulation else STAGE_DEFAULTS[stage]["batch_size"]
+def _resolve_batch(config: TrainingConfig, batch: int, world_size: int) -> dict[str, int]:
+    """How one rank goes through its share of a step's batch."""
+    micro, accumulation = config.micro_batch_size, config.gradient_accumulation_steps
     if config.micro_batch_tokens is not None:
-        return {"batch_size": batch}
+        return {}
     if config.optimizer_in_backward and micro is None:
         accumulation = accumulation or 1
     share = math.ceil(batch / world_size)
@@ -124,7 +141,7 @@ def _resolve_batch(config: TrainingConfig, stage: Stage, world_size: int) -> dic
             f"{micro} × {accumulation} × {world_size} = {micro * accumulation * world_size}: change one of them, or leave "
             f"gradient_accumulation_steps out"
         )
-    return {"batch_size": batch, "micro_batch_size": micro, "gradient_accumulation_steps": passes}
+    return {"micro_batch_size": micro, "gradient_accumulation_steps": passes}
 
 
 def _resolve_length(
@@ -139,7 +156,7 @@ def _resolve_length(
         num_epochs = None
     if max_steps is not None:
         if warmup is None:
-            warmup = min(MOST_WARMUP_STEPS[stage], max_steps // 10)
+            warmup = _default_warmup(stage, max_steps)
         if warmup > max_steps:
             raise UserError(f"warmup_steps={warmup} exceeds the run's {max_steps} optimizer steps: lower it")
     return {"max_steps": max_steps, "num_epochs": num_epochs, "warmup_steps": warmup}

@@ -1,6 +1,5 @@
 """How a stage is trained: batches, optimizer, schedule, precision, where things are written."""
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -8,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel
 from modern_llm.config.parallel import ParallelConfig
+from modern_llm.config.paths import FolderPath, Name
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What a run may be called: the name is part of the names of folders."""
@@ -51,11 +51,11 @@ class TrainingConfig(StrictModel):
 
     run_name: str | None = Field(default=None, pattern=RUN_NAME, max_length=200)
     """Name of the run; the final checkpoint is `<output_dir>/<run_name>_final`. None: the stage's name."""
-    dataset_name: str | None = None
+    dataset_name: Name | None = None
     """The data set, where no data set config is given."""
-    tokenizer_name: str | None = None
+    tokenizer_name: Name | None = None
     """Tokenizer: a folder or a hub id. None: the starting checkpoint's own; in pretraining, one trained on the run's text."""
-    output_dir: Path | None = None
+    output_dir: FolderPath | None = None
     """Folder of the run. None: `experiments/runs/<run_name>`."""
 
     batch_size: PositiveInt | None = None

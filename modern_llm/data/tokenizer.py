@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modern_llm.checkpoint import atomic_folder, read_manifest
+from modern_llm.checkpoint import atomic_folder
 from modern_llm.config import UserError
 from modern_llm.data.encoder_workers import CHARACTERS_BEFORE_WORKERS, encode_batches
 from modern_llm.data.word_cache import WordCache
@@ -33,7 +33,12 @@ DEFAULT_VOCAB_SIZE = 8192
 
 
 def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTrainedTokenizerFast:
-    """A tokenizer from a folder or a hub id.
+    """A tokenizer from a folder or a hub id, with a chat template: its own, or ChatML."""
+    return with_chat_template(read_tokenizer(name, field))
+
+
+def read_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or a hub id, as it is there.
 
     Raises:
         UserError: not there, not reachable, or with no end token.
@@ -63,7 +68,7 @@ def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
             f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop"
         )
     tokenizer.init_kwargs.pop("local_files_only", None)  # transformers 5.23 would save it, where the hub was not asked
-    return with_chat_template(tokenizer)
+    return tokenizer
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -115,31 +120,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     with atomic_folder(folder) as scratch:
         tokenizer.save_pretrained(scratch)
     return folder
-
-
-def checkpoint_tokenizer(checkpoint: Path | str, tokenizer_name: str | None, field: str) -> tuple[PreTrainedTokenizerFast, str]:
-    """The tokenizer of a starting checkpoint, and the name to record for it.
-
-    Args:
-        checkpoint: the starting checkpoint.
-        tokenizer_name: what the user asked for. None, or the name that the checkpoint records, needs no look-up; any other
-            is loaded and compared by content.
-        field: name of the checkpoint's argument, for errors.
-
-    Raises:
-        UserError: the named tokenizer is not the checkpoint's.
-    """
-    own = load_tokenizer(checkpoint, field)
-    recorded = (read_manifest(checkpoint) or {}).get("tokenizer_name") or str(checkpoint)
-    if tokenizer_name is None or tokenizer_name in (recorded, str(checkpoint)):
-        return own, recorded
-    other = load_tokenizer(tokenizer_name)
-    if tokenizer_fingerprint(other) != tokenizer_fingerprint(own):
-        raise UserError(
-            f"tokenizer_name={tokenizer_name!r} ({len(other)} tokens) is not the tokenizer of {field}={str(checkpoint)!r} "
-            f"({len(own)} tokens, {recorded!r}): leave tokenizer_name out"
-        )
-    return own, recorded
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -14,11 +14,10 @@ from modern_llm.data.lm_datasets import held_out_blocks
 from modern_llm.data.messages import Message, Pair
 from modern_llm.data.preference_datasets import held_out_pairs
 from modern_llm.data.prepared import Example
-from modern_llm.data.tokenizer import load_tokenizer
 from modern_llm.data.village import VILLAGE_NAME, judge
 from modern_llm.evaluation.generation import Answer, answer_logprobs, greedy_answers, kl_divergence
 from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_wins
-from modern_llm.models.build import load_model
+from modern_llm.initial.checkpoint import load_model, read_initial
 from modern_llm.models.policy import Policy, frozen
 
 
@@ -35,7 +34,7 @@ class HeldOut:
 
 def held_out(config: PipelineConfig, checkpoint: Path) -> HeldOut:
     """What the pipeline's data sets hold out, within the limits of `config.evaluation`, for the checkpoint's tokenizer."""
-    encoder, limits = ChatEncoder(load_tokenizer(checkpoint)), config.evaluation
+    encoder, limits = ChatEncoder(read_initial(checkpoint).tokenizer().tokenizer), config.evaluation
     blocks: list[Example] = []
     pairs: list[Pair] = []
     questions: list[dict] = []
@@ -60,7 +59,7 @@ def measure(checkpoint: Path, anchor: Path | str | None, data: HeldOut, config: 
         data: what no stage trained on.
         config: limits, and the settings of preference training.
     """
-    encoder, limits = ChatEncoder(load_tokenizer(checkpoint)), config.evaluation
+    encoder, limits = ChatEncoder(read_initial(checkpoint).tokenizer().tokenizer), config.evaluation
     model = _ready(checkpoint)
     metrics: dict[str, float] = {}
     answers: list[Answer] = []

@@ -5,7 +5,7 @@ product of a layer with its adapter is done here: in one pass over the output, a
 before the first step, also in bf16. peft and bitsandbytes are imported where they are needed, since they take a while to load.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,22 +18,30 @@ from transformers.pytorch_utils import Conv1D
 from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import did_you_mean
+from modern_llm.models.linear_layers import linear_layers, used_otherwise
+from modern_llm.models.peft_names import Way, peft_without_bitsandbytes, ways_into_peft
 
 NAME = "default"
 """What peft calls an adapter that has no name."""
+HOLDER = "held"
+"""Name of a model in the module in which peft meets it."""
 
 
-def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> None:
+@peft_without_bitsandbytes()
+def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> dict[str, str]:
     """Freeze a model and put adapters into it, which change nothing before their first update.
 
     Adapter weights are fp32 and a pure function of the seed; no global random state moves. The model must be on the CPU.
+
+    Returns:
+        Layers that are asked for and get no adapter, each with the reason.
 
     Raises:
         UserError: no layer of that name, or one that cannot have an adapter.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = _targets(model, config)
+    targets, left_out = _targets(model, config)
     if config.quantize is not None:
         from modern_llm.models.nf4 import quantize_
 
@@ -42,43 +50,69 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Non
         r=config.rank,
         lora_alpha=int(config.alpha) if config.alpha.is_integer() else config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=targets,
+        target_modules=[f"{HOLDER}.{name}" for name in targets],
         use_dora=config.kind == "dora",
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=isinstance(model.get_submodule(next(iter(targets))), Conv1D),
         task_type="CAUSAL_LM",
     )
+    holder = nn.Module()  # in a model that it knows, peft 0.21 takes some names for those of fused experts
+    holder.add_module(HOLDER, model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, model, NAME)
+        inject_adapter_in_model(settings, holder, NAME)
+    strange = targets.keys() ^ {name for name, m in model.named_modules() if hasattr(m, "lora_variant")}
+    assert not strange, f"asked for adapters on {len(targets)} layers, but peft differs in {min(strange)}"
+    settings.target_modules = {name for name, way in targets.items() if way == "module"}  # type: ignore[assignment]
+    if parameters := [f"{name}.weight" for name, way in targets.items() if way == "parameter"]:
+        settings.target_parameters, settings.lora_dropout = parameters, 0.0  # peft loads these without dropout only
+    model.peft_config = {NAME: settings}  # type: ignore[assignment]
     for layer in adapter_layers(model):
         layer.cast_input_dtype_enabled = False  # autocast casts where it must
         layer.lora_variant[NAME] = _Dora if config.kind == "dora" else _Lora
         if config.kind == "dora":
             _start_at_own_length(layer)
+    return left_out
 
 
-def _targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """Names of the layers that get an adapter."""
-    head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
-    if config.target_modules == "all-linear":
-        if not layers:
-            raise UserError(f"adapter.target_modules: {type(model).__name__} has no linear layers")
-        return sorted(layers)
-    chosen: set[str] = set()
-    for end in config.target_modules:
-        ending = {name: m for name, m in model.named_modules() if name == end or name.endswith("." + end)}
-        tables = sorted(name for name, m in ending.items() if m is head or isinstance(m, nn.Embedding))
-        if tables:
-            raise UserError(
-                f"adapter.target_modules: {end!r} is a table of the vocabulary ({tables[0]}), whose rows are read as they are: "
-                f"an adapter on it would have no effect; leave it out"
-            )
-        if not ending.keys() & layers.keys():
-            near = did_you_mean(end, {name.rpartition(".")[2] for name in layers})
-            raise UserError(f"adapter.target_modules: no linear layer of {type(model).__name__} is called {end!r}{near}")
-        chosen |= ending.keys() & layers.keys()
-    return sorted(chosen)
+def describe_left_out(left_out: Mapping[str, str]) -> list[str]:
+    """Return a line for the log for each reason for which layers have no adapter, with the last parts of their names."""
+    lines = []
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name.rpartition(".")[2] for name in left_out if left_out[name] == reason]
+        lines.append(f"no adapter on {len(names)} layers called {', '.join(sorted({*names}))}: {reason}")
+    return lines
+
+
+def _targets(model: PreTrainedModel, config: AdapterConfig) -> tuple[dict[str, Way], dict[str, str]]:
+    """Return the layers that get an adapter, with what peft's settings call them, and those left out, with the reason."""
+    layers, unfit = linear_layers(model), used_otherwise(model)
+    ways = ways_into_peft(model, layers, config.kind == "dora")
+    unfit = {name: "peft would not load an adapter there" for name, way in ways.items() if way is None} | unfit
+    asked: Collection[str] = layers
+    if config.target_modules != "all-linear":
+        asked = {name for end in config.target_modules for name in _layers_called(end, model, layers, unfit)}
+    targets: dict[str, Way] = {name: way for name, way in ways.items() if way and name in asked and name not in unfit}
+    if not targets:
+        raise UserError(f"adapter.target_modules: {type(model).__name__} has no linear layers that can have an adapter")
+    return targets, {name: unfit[name] for name in layers if name in asked and name in unfit}
+
+
+def _layers_called(end: str, model: PreTrainedModel, layers: Collection[str], unfit: Mapping[str, str]) -> set[str]:
+    """Return the linear layers with this end of a name, of which at least one can have an adapter."""
+    ending = {name: m for name, m in model.named_modules() if name == end or name.endswith("." + end)}
+    tables = sorted(name for name, m in ending.items() if m is model.get_output_embeddings() or isinstance(m, nn.Embedding))
+    if tables:
+        raise UserError(
+            f"adapter.target_modules: {end!r} is a table of the vocabulary ({tables[0]}), whose rows are read as they are: "
+            f"an adapter on it would have no effect; leave it out"
+        )
+    found = ending.keys() & set(layers)
+    if not found:
+        near = did_you_mean(end, {name.rpartition(".")[2] for name in layers})
+        raise UserError(f"adapter.target_modules: no linear layer of {type(model).__name__} is called {end!r}{near}")
+    if found <= unfit.keys():
+        raise UserError(f"adapter.target_modules: {end!r} cannot have an adapter, since {unfit[min(found)]}: leave it out")
+    return found
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
@@ -116,10 +150,11 @@ def state_without_adapters(model: nn.Module) -> dict[str, Tensor]:
 def keep_frozen_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Keep frozen weights of matrix products in the type of the products: half the memory, and no cast at every use.
 
-    Autocast would cast them to it, so no number changes. What is read elsewhere too (embeddings, a tied head) and what is no
-    factor of a product (norms, biases) stays as it is.
+    Autocast would cast them to it, so no number changes. What is read elsewhere too (embeddings, a tied head, a router's) and
+    what is no factor of a product (norms, biases) stays as it is.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables |= {id(model.get_submodule(name).weight) for name in used_otherwise(model)}
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if (state := getattr(weight, "quant_state", None)) is not None:
@@ -169,9 +204,9 @@ def _weight_rows(layer: Any) -> Tensor:
     """(out, in) frozen weight."""
     weight = layer.get_base_layer().weight
     if (state := getattr(weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
+        from modern_llm.models.nf4 import unpacked
 
-        return dequantize_4bit(weight.data, state)
+        return unpacked(weight.data, state)
     return weight.T if layer.fan_in_fan_out else weight
 
 

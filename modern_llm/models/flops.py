@@ -135,18 +135,21 @@ def _expert_share(config: PreTrainedConfig) -> float:
 
 def _attention(config: PreTrainedConfig) -> dict[int | None, int]:
     """Sliding window (None: none) → FLOPs of the forward pass, of all layers with that window, for each position seen."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return {}
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key = getattr(config, "qk_head_dim", None) or width  # keys and values of several widths: DeepSeek-V3
-    value = getattr(config, "v_head_dim", None) or width
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or [
-        "full_attention" if window is None else "sliding_attention" for _ in range(config.num_hidden_layers)
-    ]
-    windows = Counter(window if kind == "sliding_attention" else None for kind in kinds if kind in _SOFTMAX)
-    return {window: count * 2 * heads * (key + value) for window, count in windows.items()}
+    # transformers 5.23 refuses to read from a config what differs from layer to layer (Gemma 4)
+    differ = getattr(config, "is_heterogeneous", False)
+    layers = list(config.per_layer_config) if differ else [config] * (getattr(config, "num_hidden_layers", None) or 0)
+    kinds = getattr(config, "layer_types", None) or [None] * len(layers)
+    found: Counter[int | None] = Counter()
+    for layer, kind in zip(layers, kinds, strict=False):
+        heads = getattr(layer, "num_attention_heads", None)
+        if not heads or kind not in _SOFTMAX:
+            continue
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        key = getattr(layer, "qk_head_dim", None) or width  # keys and values of several widths: DeepSeek-V3
+        value = getattr(layer, "v_head_dim", None) or width
+        window = getattr(layer, "sliding_window", None) if getattr(layer, "use_sliding_window", True) else None
+        found[None if kind == "full_attention" else window] += 2 * heads * (key + value)
+    return dict(found)
 
 
-_SOFTMAX = ("full_attention", "sliding_attention")
+_SOFTMAX = ("full_attention", "sliding_attention", None)

@@ -25,7 +25,7 @@ from modern_llm.checkpoint import storing, weights_hash
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
 from modern_llm.data.store import cache_folder, remove_litter_of_the_dead, scratch_name
-from modern_llm.models.adapters import state_without_adapters
+from modern_llm.models.adapters import adapter_layers, state_without_adapters
 from modern_llm.models.policy import Policy
 from modern_llm.objectives.answers import answer_scores
 from modern_llm.precision import autocast
@@ -46,7 +46,8 @@ def with_reference(data: PreparedData, reference: Policy, precision: torch.dtype
         reference: the frozen start, or the policy itself before its first step; left in the mode in which it came.
         precision: type of its matrix products, the same as the policy's.
     """
-    weights = weights_hash(state_without_adapters(reference.model))  # they are off
+    on = any(not layer.disable_adapters for layer in adapter_layers(reference.model))  # a run goes on with its start's
+    weights = weights_hash(reference.model if on else state_without_adapters(reference.model))
     assert isinstance(data.train, Mixture)
     assert isinstance(data.evaluation, Mixture)
     train, computed = _table(data.train, reference, precision, weights)

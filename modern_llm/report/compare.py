@@ -18,10 +18,11 @@ from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.messages import Pair
 from modern_llm.data.preference_datasets import held_out_pairs
 from modern_llm.evaluation.heldout import length_baselines, log_ratios, wilson_interval, win
-from modern_llm.models.build import load_model
+from modern_llm.initial.checkpoint import load_model
+from modern_llm.initial.opened import open_checkpoint
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.secrets import record_without_secrets
-from modern_llm.training.stage import dataset_or_default, open_checkpoint
+from modern_llm.training.stage import dataset_or_default
 from modern_llm.training.train_dpo import run_dpo
 
 OUTPUT = Path("experiments/runs/compare-losses")
@@ -96,13 +97,13 @@ def compare_losses(
     """
     configs = parse_losses(losses, dpo_config)
     data = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
-    model, tokenizer, _ = open_checkpoint(start, tokenizer_name, "sft_checkpoint")
-    encoder = ChatEncoder(tokenizer)
+    opened = open_checkpoint(start, tokenizer_name, "sft_checkpoint")
+    encoder = ChatEncoder(opened.tokenizer)
     pairs = held_out_pairs(data, encoder)
     if not pairs:
         raise UserError("preference_config.eval_fraction: hold out some pairs, e.g. 0.1, for the losses to be compared on")
     folder = train_config.output_dir or OUTPUT
-    reference = frozen(Policy(model, train_config.attention))
+    reference = frozen(Policy(opened.model, train_config.attention))
     ratios: dict[str, list[np.ndarray]] = {word: [] for word in configs}
     curves: dict[str, list[list[tuple[int, float]]]] = {word: [] for word in configs}
     drift: dict[str, list[float]] = {word: [] for word in configs}

@@ -177,7 +177,7 @@ class _Planner:
         section = getattr(config, stage)
         given = config.training(stage)
         self.arguments = _arguments(stage, section, given, start or "", str(scratch / "tokenizer"))
-        self.data = prepare(stage, self.arguments, scratch / "tokenizer")
+        self.data = prepare(stage, self.arguments, tokenizer)
         self.data_config = section.data
         self.config = resolve(given, stage, whole.ranks, self.data.train.epoch_size)
         if self.config.micro_batch_size is not None:  # no pass is larger than what one process has of a step

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modern_llm import distributed
 from modern_llm.allocator import steady_memory
@@ -34,6 +34,7 @@ from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.data.tokenizer import TextEncoder, load_tokenizer
+from modern_llm.initial.checkpoint import InitialCheckpoint, read_initial
 from modern_llm.layout import PackedRow
 from modern_llm.limits import matmul_limit
 from modern_llm.models.policy import Policy
@@ -177,7 +178,7 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
     assert train.output_dir is not None
     lines = [json.loads(line) for line in (train.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     warm, measured = [line for line in lines if "tokens_per_second" in line][-2:]
-    data = prepare(stage, arguments, final)
+    data = prepare(stage, arguments, load_tokenizer(final))
     rows = _rows(stage, data, train)
     seconds = sum(row.num_tokens for row in itertools.chain(*rows[len(rows) // 2 :])) / measured["tokens_per_second"]
     return Rehearsed(
@@ -204,11 +205,16 @@ def _prepare_apart(stage: Stage, arguments: Any) -> None:
         os._exit(0)
 
 
-def _tokenizer_of(arguments: Any) -> Path | str:
-    """A folder or hub id with the tokenizer that a stage uses."""
+def _tokenizer_of(arguments: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer that a stage uses."""
     if isinstance(arguments, PretrainArguments):
-        return arguments.tokenizer_name or ""
-    return arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint
+        return load_tokenizer(arguments.tokenizer_name or "")
+    return _initial_of(arguments).tokenizer(arguments.tokenizer_name).tokenizer
+
+
+def _initial_of(arguments: Any) -> InitialCheckpoint:
+    """What a stage begins from."""
+    return read_initial(arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint)
 
 
 class _WatchedLoop(Loop):
@@ -229,10 +235,7 @@ def _load_code(arguments: Any) -> None:
     if isinstance(arguments, PretrainArguments):
         config = AutoConfig.for_model(arguments.model.architecture)
     else:
-        config = AutoConfig.from_pretrained(
-            arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint,
-            trust_remote_code=False,
-        )
+        config = _initial_of(arguments).config
     AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined] - importing is all it does
 
 
@@ -247,15 +250,14 @@ def _rows(stage: Stage, data: PreparedData, train: TrainingConfig) -> list[list[
     return [[b.row for b in batch.micro_batches] for _, batch in zip(range(config.max_steps), batches, strict=False)]
 
 
-def prepare(stage: Stage, arguments: Any, tokenizer_from: Path | str) -> PreparedData:
+def prepare(stage: Stage, arguments: Any, tokenizer: PreTrainedTokenizerFast) -> PreparedData:
     """The data of a stage, as its function prepares it.
 
     Args:
         stage: which.
         arguments: of the stage, with a data set.
-        tokenizer_from: a folder or hub id with the tokenizer.
+        tokenizer: of the stage.
     """
-    tokenizer = load_tokenizer(tokenizer_from)
     if isinstance(arguments, PretrainArguments):
         data = arguments.dataset_config
         assert data is not None

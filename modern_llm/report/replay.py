@@ -9,9 +9,9 @@ import torch
 
 from modern_llm import distributed
 from modern_llm.config import UserError
+from modern_llm.initial.opened import open_checkpoint
 from modern_llm.models.policy import LOGPROBS, Policy, frozen
 from modern_llm.training.skipped import load_batch
-from modern_llm.training.stage import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def replay(folder: Path, checkpoint: Path | str) -> list[ReplayedSegment]:
     if not (folder / "training").is_dir():
         raise UserError(f"batch={str(folder)!r}: no batch is there: give a folder such as <output_dir>/skipped/step-000123")
     batch = load_batch(folder)
-    model, _, _ = open_checkpoint(checkpoint, None, "checkpoint")
+    model = open_checkpoint(checkpoint, None, "checkpoint").model
     model.to(distributed.device())  # type: ignore[arg-type]
     policy = frozen(Policy(model))
     found: list[ReplayedSegment] = []

@@ -32,6 +32,7 @@ from modern_llm.data.readers import BadRows
 from modern_llm.data.sources import Source, is_held_out, open_source
 from modern_llm.data.store import CUT_START
 from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_tokenizer, train_tokenizer
+from modern_llm.initial.checkpoint import read_initial
 
 LEGEND = {"trained": "bold green", "context": "dim", "cut": "red strike"}
 
@@ -84,7 +85,8 @@ def pipeline_tokenizer(config: PipelineConfig) -> PreTrainedTokenizerFast:
     """The tokenizer that the pipeline will have: the start's, the one named, or one trained on the documents."""
     if config.pretrain is None:
         assert config.start_checkpoint is not None
-        return load_tokenizer(config.start_checkpoint, "start_checkpoint")
+        first = config.training(config.stages()[0])
+        return read_initial(config.start_checkpoint, "start_checkpoint").tokenizer(first.tokenizer_name).tokenizer
     name = config.pretrain.train.tokenizer_name
     if name is not None:
         return load_tokenizer(name)

@@ -1,16 +1,15 @@
 """What will go through a model in one stage: its shapes without its weights, and the lengths of its data."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm.config import PipelineConfig, TrainingConfig
 from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.initial.checkpoint import read_initial
 from modern_llm.layout import pack
-from modern_llm.models.adapter_folders import base_of, is_adapter
 from modern_llm.models.adapters import add_adapter, keep_frozen_in
 from modern_llm.models.build import build_model
 from modern_llm.models.flops import TrainingCost
@@ -40,10 +39,8 @@ def model_of_shapes(
                 shape = shape.model_copy(update={"vocab_size": None})  # small texts fill a smaller vocabulary
             model = build_model(shape, tokenizer, 0)
         else:
-            start = str(config.start_checkpoint)
-            while Path(start).is_dir() and is_adapter(start):
-                start = base_of(Path(start), "start_checkpoint")
-            settings = AutoConfig.from_pretrained(start, trust_remote_code=False)
+            assert config.start_checkpoint is not None
+            settings = read_initial(config.start_checkpoint, "start_checkpoint").config
             text = settings.get_text_config()
             text.vocab_size = max(text.vocab_size, len(tokenizer))
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)

@@ -11,25 +11,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from modern_llm.checkpoint import read_manifest, sha256_of_file
-from modern_llm.config import DPOConfig, TrainingConfig, UserError
+from modern_llm.config import DPOConfig, TrainingConfig
 from modern_llm.config.base import StrictModel
 from modern_llm.config.data import DatasetConfig, LanguageModelingDatasetConfig
 from modern_llm.config.io import plain
-from modern_llm.config.resolve import STAGE_DEFAULTS
+from modern_llm.config.resolve import filled_settings
 from modern_llm.config.training import NO_EFFECT, Stage
 from modern_llm.data.sources import Kind, open_source
 from modern_llm.data.tokenizer import load_tokenizer, template_fingerprint
-from modern_llm.hub import commit_of
-from modern_llm.models.adapter_folders import base_of, is_adapter
+from modern_llm.initial.checkpoint import identity
 from modern_llm.secrets import record_without_secrets
 
 KINDS: dict[Stage, Kind] = {"pretrain": "text", "sft": "instructions", "dpo": "preferences"}
 MODULES: dict[Stage, str] = {"pretrain": "training.train_lm", "sft": "training.train_sft", "dpo": "training.train_dpo"}
 BY_CONTENT = ("dataset_name", "tokenizer_name", "reference_checkpoint")
 """Fields that name something whose content is compared."""
-ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt")
-"""Files of a model folder that decide what is loaded."""
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -52,11 +48,8 @@ def stage_inputs(
     Raises:
         UserError: something that is named is not there.
     """
-    train_fields = plain(train)
-    for name, value in STAGE_DEFAULTS[stage].items():
-        if train_fields[name] is None:
-            train_fields[name] = value
-    configs = {"train": {name: value for name, value in train_fields.items() if name not in (*NO_EFFECT, *BY_CONTENT)}}
+    settings = plain(train.model_copy(update=filled_settings(train, stage)))
+    configs = {"train": {name: value for name, value in settings.items() if name not in (*NO_EFFECT, *BY_CONTENT)}}
     configs |= {name: deciding(section) for name, section in sections.items()}
     data, dpo = sections["data"], sections.get("dpo")
     assert isinstance(data, DatasetConfig)
@@ -101,27 +94,6 @@ def content_of(data: DatasetConfig, kind: Kind) -> list[dict[str, Any]]:
                 rows["eval_rows"] = open_source(name, source, kind, data.eval_split).fingerprint()
         found.append({**rows, **plain(source)})
     return found
-
-
-def identity(checkpoint: Path | str, field: str = "checkpoint") -> dict[str, Any]:
-    """What a checkpoint is, wherever it lies: ours by its manifest, another folder by its files, the hub's by its commit.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        commit = commit_of(str(checkpoint))
-        if commit is None:
-            where = f"{field}={str(checkpoint)!r}"
-            raise UserError(f"{where}: no such folder, and not on the hub: check the spelling, or the network")
-        return {"hub": str(checkpoint), "commit": commit}
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        return {"weights": manifest.get("weights"), "template": (manifest.get("contract") or {}).get("template")}
-    files = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
-    found: dict[str, Any] = {"files": {path.name: sha256_of_file(path) for path in files}}
-    return {**found, "base": identity(base_of(folder, field), field)} if is_adapter(folder) else found
 
 
 def libraries() -> dict[str, str]:

@@ -88,6 +88,8 @@ class Loop:
         self.averages = Averages()
         self.skipped_in_a_row = 0
         self.last_evaluation: dict[str, float] = {}
+        self.lowest: list[float] | None = None
+        """Step and loss of the evaluation with the lowest loss so far."""
         self.evaluation_is_due = False
         """Whether the run was stopped while this step's evaluation was on."""
         self.evaluates_again = False
@@ -110,6 +112,7 @@ class Loop:
             "averages": self.averages.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluation_is_due": self.evaluation_is_due,
+            "lowest": self.lowest,
             "objective": self.objective.state(),
         }
 
@@ -123,6 +126,7 @@ class Loop:
         self.averages.load(state["averages"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.evaluation_is_due = state["evaluation_is_due"]
+        self.lowest = state.get("lowest")  # saved by an older version: not known
         self.objective.load(state["objective"])
 
     def run(self, stop: StopRequest | None = None) -> None:
@@ -162,6 +166,10 @@ class Loop:
                 self._stop_if_asked(saved=self._periodic_work())
         if summary := self.objective.closing(self.last_evaluation, self.data.report):
             self.log.message(summary)
+        if self.lowest is not None and self.last_evaluation and self.lowest[0] < self.step:
+            step, loss = self.lowest
+            now = self.last_evaluation["loss"]
+            self.log.message(f"eval/loss was lowest at step {step:.0f}: {loss:.4f} ({now:.4f} at the end, step {self.step})")
 
     def _periodic_work(self) -> bool:
         """Log, evaluate and save where this step is one for it; whether it was saved."""
@@ -193,6 +201,8 @@ class Loop:
         except _InterruptedError:
             return
         self.evaluation_is_due = False
+        if self.lowest is None or values["loss"] < self.lowest[1]:
+            self.lowest = [self.step, values["loss"]]
         shown = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         self.log.log(self.step, {f"eval/{n}": v for n, v in values.items()}, tuple(f"eval/{name}" for name in shown))
         gc.collect()

@@ -19,6 +19,8 @@ from modern_llm.training.in_backward import freed_gradients
 
 EXAMPLES = 4
 """Most examples of the trial batch; never more than a micro-batch, which must fit into memory."""
+CHECKED_EXAMPLES = 2
+"""Examples of the first batch, its longest, on which packed or padded rows are compared with the unwrapped model."""
 SHOWN_CHARACTERS = 160
 """Characters of a prompt's end and of an answer's two ends that are printed."""
 
@@ -65,6 +67,25 @@ def preflight(
     elif norm == 0 and batch.counts["tokens"]:
         raise UserError("the gradient of the first examples is 0: no parameter learns anything from this loss")
     log.message(f"first look: loss {value:.6f}, gradient {norm:.4g}, {batch.counts['tokens']} tokens count")
+
+
+def longest_rows(data: PreparedData, config: TrainingConfig, vocabulary: int) -> list[Segment]:
+    """The longest examples of the first batch, on which the policy's path is compared with the model's own log-probs.
+
+    Of a stream, which a look would use up, random tokens of its length.
+
+    Args:
+        data: of the stage.
+        config: resolved.
+        vocabulary: rows of the embedding.
+    """
+    if not isinstance(data.train, Sequence):
+        ids = np.random.default_rng(0).integers(0, vocabulary, data.longest).astype(np.int32)
+        return [Segment(ids, np.ones(len(ids), dtype=bool))]
+    assert config.batch_size is not None
+    first = [data.train[int(i)] for i in data.train.epoch_order(config.seed, 0)[: config.batch_size]]
+    longest = sorted(first, key=lambda example: max(map(len, example.segments)))[-CHECKED_EXAMPLES:]
+    return [segment for example in longest for segment in example.segments]
 
 
 def shown(segment: Segment, tokenizer: PreTrainedTokenizerFast) -> str:

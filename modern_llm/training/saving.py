@@ -12,11 +12,10 @@ from modern_llm import checkpoint as folders
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig
 from modern_llm.exit_codes import StorageError
+from modern_llm.initial.handoff import end_token_ids
 from modern_llm.metrics import RunLog
-from modern_llm.models.adapter_folders import adapter_weights, save_adapter
+from modern_llm.models.adapter_folders import AdapterBase, adapter_weights, save_adapter
 from modern_llm.models.adapters import adapter_layers
-from modern_llm.models.build import make_savable
-from modern_llm.training.contract import end_token_ids
 
 
 class Saver:
@@ -29,6 +28,7 @@ class Saver:
         record: dict[str, Any],
         config: TrainingConfig,
         log: RunLog,
+        adapter_base: AdapterBase | None = None,
         last_saved: Path | None = None,
     ) -> None:
         """
@@ -38,15 +38,15 @@ class Saver:
             record: what every manifest says.
             config: resolved.
             log: told of what could not be saved.
+            adapter_base: what the model's adapters are added to. None: it has none.
             last_saved: the checkpoint that the run goes on from.
         """
         assert config.output_dir is not None
         self.model, self.tokenizer = model, tokenizer
-        self.record, self.config, self.log = record, config, log
+        self.record, self.config, self.log, self.adapter_base = record, config, log, adapter_base
         self.folder = config.output_dir / "checkpoints"
         self.last_saved = last_saved
         self.pending: Future[None] | None = None
-        make_savable(model)
         assert model.generation_config is not None
         model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
         model.generation_config.pad_token_id = tokenizer.eos_token_id
@@ -123,9 +123,8 @@ class Saver:
     def _write(self, target: Path, weights: dict[str, Tensor], step: int | None, state: dict[str, Any] | None = None) -> None:
         manifest = {**self.record, "step": step, "run": self.config.run_name}
         with folders.atomic_folder(target) as scratch:
-            if adapter_layers(self.model):
-                quantize = manifest["config"]["train"]["adapter"]["quantize"]
-                more = save_adapter(self.model, weights, scratch, target, manifest["parent"], quantize)
+            if self.adapter_base is not None:
+                more = save_adapter(self.model, weights, scratch, target, self.adapter_base)
             else:
                 more = {"weights": folders.weights_hash(weights)}
                 self.model.save_pretrained(scratch, state_dict=weights)  # it empties the dict

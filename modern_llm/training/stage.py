@@ -13,30 +13,32 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from modern_llm import distributed
 from modern_llm.allocator import steady_memory
-from modern_llm.checkpoint import DamagedError, load_state, verify
+from modern_llm.checkpoint import load_state
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.io import plain
 from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage
 from modern_llm.data.prepared import PreparedData
-from modern_llm.data.tokenizer import checkpoint_tokenizer, tokenizer_fingerprint
+from modern_llm.data.tokenizer import tokenizer_fingerprint
 from modern_llm.exit_codes import Stopped, StorageError
+from modern_llm.initial.checkpoint import load_model, read_initial
+from modern_llm.initial.handoff import contract
+from modern_llm.initial.opened import Opened, open_checkpoint
 from modern_llm.lock import only_writer
 from modern_llm.metrics import RunLog
 from modern_llm.models.adapter_folders import load_adapter_weights
-from modern_llm.models.adapters import adapter_layers, add_adapter, keep_frozen_in
-from modern_llm.models.build import grow_vocabulary, load_model, refuse_pickles, start_hash
+from modern_llm.models.adapters import adapter_layers, add_adapter, describe_left_out, keep_frozen_in
 from modern_llm.models.compilation import compile_layers
-from modern_llm.models.policy import Policy, context_length, disable_dropout, refuse_random_training
+from modern_llm.models.idle_adapters import take_out_idle_adapters
+from modern_llm.models.policy import Policy, context_length, disable_dropout, refuse_random_training, vocabulary_rows
 from modern_llm.models.recomputation import recompute_activations
 from modern_llm.models.routing import check_routed
 from modern_llm.objectives import Objective
 from modern_llm.precision import choose_precision
-from modern_llm.training.contract import check_contract, contract
 from modern_llm.training.inputs import key_of
 from modern_llm.training.loop import Loop
 from modern_llm.training.optim import ParameterGroups
-from modern_llm.training.preflight import preflight
+from modern_llm.training.preflight import longest_rows, preflight
 from modern_llm.training.resume import agreed_checkpoint
 from modern_llm.training.saving import Saver
 from modern_llm.training.speed import foreseen_seconds
@@ -79,47 +81,25 @@ def dataset_or_default(given: Dataset | None, config: TrainingConfig, kind: type
     return given
 
 
-@distributed.together  # a rank that cannot read it ends the others too
-def open_checkpoint(
-    checkpoint: Path | str, tokenizer_name: str | None, field: str, config: TrainingConfig | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, str]:
-    """Model, tokenizer and the tokenizer's recorded name of a starting checkpoint; one of ours is checked file by file.
+def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str) -> PreTrainedModel | None:
+    """The model of `reference_checkpoint`, which must have the same tokenizer; None where the start is the reference.
 
-    Where the tokenizer has more tokens than the model has embeddings (a chat template was added to a base model), the new
-    rows get the mean of the old ones, to be trained.
-
-    Raises:
-        UserError: missing, damaged, a pickle, with another tokenizer than the one asked for, or with too few embeddings for
-            adapters (`config`), which train none.
+    Args:
+        dpo: of the run.
+        tokenizer: of the policy.
+        tokenizer_name: its name, for a reference that comes without one.
     """
-    refuse_pickles(checkpoint, field)
-    try:
-        manifest = verify(checkpoint)
-    except DamagedError as error:
-        raise DamagedError(f"{field}={str(checkpoint)!r} is damaged: {error}: use another checkpoint") from None
-    model = load_model(checkpoint, field)
-    tokenizer, recorded_name = checkpoint_tokenizer(checkpoint, tokenizer_name, field)
-    check_contract(manifest, model, tokenizer, f"{field}={str(checkpoint)!r}")
-    lacking = grow_vocabulary(model, len(tokenizer))
-    if lacking and config is not None and config.adapter is not None:
-        raise UserError(
-            f"{field}={str(checkpoint)!r} has no embeddings for {lacking} tokens of its tokenizer and chat template, and an "
-            f"adapter leaves new rows all alike: train once without it, or give the tokenizer a chat_template of tokens it has"
-        )
-    return model, tokenizer, recorded_name
-
-
-def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel | None:
-    """The model of `reference_checkpoint`, which must have the same tokenizer; None where the start is the reference."""
     if dpo.reference_checkpoint is None:
         return None
-    model, own, _ = open_checkpoint(dpo.reference_checkpoint, None, "reference_checkpoint")
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+    field = "reference_checkpoint"
+    has_own = read_initial(dpo.reference_checkpoint, field).has_tokenizer
+    opened = open_checkpoint(dpo.reference_checkpoint, None if has_own else tokenizer_name, field)
+    if tokenizer_fingerprint(opened.tokenizer) != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"reference_checkpoint={str(dpo.reference_checkpoint)!r} has another tokenizer ({len(own)} tokens) than the "
+            f"{field}={str(dpo.reference_checkpoint)!r} has another tokenizer ({len(opened.tokenizer)} tokens) than the "
             f"starting checkpoint ({len(tokenizer)} tokens)"
         )
-    return model
+    return opened.model
 
 
 Prepare = Callable[[Policy, PreparedData, torch.dtype, RunLog], PreparedData]
@@ -133,12 +113,9 @@ def train_stage(
     config: TrainingConfig,
     sections: Mapping[str, BaseModel],
     inputs: dict[str, Any],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    tokenizer_name: str,
+    opened: Opened,
     data: PreparedData,
     objective: Objective,
-    parent: Path | str | None = None,
     drop_out: bool = True,
     prepare: Prepare | None = None,
     conclude: Conclude | None = None,
@@ -153,12 +130,9 @@ def train_stage(
         config: not resolved.
         sections: the stage's other configs by name.
         inputs: of `modern_llm.training.inputs.stage_inputs`, for the record.
-        model: where training starts, in fp32.
-        tokenizer: travels with the checkpoint.
-        tokenizer_name: what to record as its name.
+        opened: where training starts.
         data: examples.
         objective: what is optimised.
-        parent: the starting checkpoint, for the record.
         drop_out: whether the model's dropout is on.
         prepare: what to do before the first step, also of a resumed run; None: nothing.
         conclude: what to measure at the end; None: nothing.
@@ -175,10 +149,11 @@ def train_stage(
     if device.type == "cpu":
         steady_memory()
     precision, why = choose_precision(config.mixed_precision, device)
+    model, tokenizer = opened.model, opened.tokenizer
     record = {
-        **_inputs(stage, {"train": config, **sections}, model, data, tokenizer, parent, precision),
+        **_inputs(stage, {"train": config, **sections}, opened, data, precision),
         "reference": reference_weights,
-        "tokenizer_name": tokenizer_name,
+        "tokenizer_name": opened.tokenizer_name,
     }
     assert config.output_dir is not None
     _check_model(model, data, config)
@@ -190,14 +165,19 @@ def train_stage(
             print(f"{config.run_name}: finished already: {final}", flush=True)
             return final
         state = None if found is None else load_state(found)
-        policy = _make_policy(model, config, device, drop_out, precision)
+        policy, left_out = _make_policy(opened, config, data, device, drop_out, precision)
         with _open_log(config, 0 if state is None else state["step"]) as log:
+            for note in () if opened.initial is None else opened.initial.notes:
+                log.message(note)
             _describe(log, policy, data, config, f"{device} {why}", found, damaged)
+            for line in describe_left_out(left_out):
+                log.message(line)
             log.message(_compile(policy, stage, config, data, precision))
             data = data if prepare is None else prepare(policy, data, precision, log)
             if found is not None:
                 _load_weights(model, found)
-            saver = Saver(model, tokenizer, {**record, "inputs": inputs, "key": key_of(inputs)}, config, log, found)
+            manifest = {**record, "inputs": inputs, "key": key_of(inputs)}
+            saver = Saver(model, tokenizer, manifest, config, log, opened.adapter_base, found)
             loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint, saver.check)
             if state is None:
                 preflight(policy, loop.objective, data, tokenizer, precision, config, log)
@@ -238,24 +218,22 @@ def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, conclude: Con
 def _inputs(
     stage: Stage,
     sections: Mapping[str, BaseModel],
-    model: PreTrainedModel,
+    opened: Opened,
     data: PreparedData,
-    tokenizer: PreTrainedTokenizerFast,
-    parent: Path | str | None,
     precision: torch.dtype,
 ) -> dict[str, Any]:
     """What decides a run's result, for the record."""
-    start_weights = start_hash(parent, model)
+    parent = opened.initial
     return {
         "stage": stage,
         "config": {name: plain(section) for name, section in sections.items()},
-        "parent": None if parent is None else {"checkpoint": str(parent), "weights": start_weights},
-        "start_weights": start_weights,
+        "parent": None if parent is None else {"checkpoint": parent.name, "weights": opened.weights},
+        "start_weights": opened.weights,
         "data": data.fingerprint(),
         # a stream's documents are dealt out to the ranks, so a position in it means something else with another number of them
         "ranks": distributed.world_size() if data.train.epoch_size is None else None,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "contract": contract(model, tokenizer),
+        "tokenizer": tokenizer_fingerprint(opened.tokenizer),
+        "contract": contract(opened.model, opened.tokenizer),
         "precision": str(precision).removeprefix("torch."),
     }
 
@@ -291,20 +269,22 @@ def _angles_change_beyond(config: PreTrainedConfig) -> int | None:
     return min((p.get("original_max_position_embeddings") or config.max_position_embeddings for p in turning), default=None)
 
 
-def _add_adapter(model: PreTrainedModel, config: TrainingConfig, drop_out: bool) -> None:
-    """Put the run's adapters into the model.
+def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> dict[str, str]:
+    """Put the run's adapters into the model, and return the layers that get none, each with the reason.
 
     Raises:
         UserError: a setting that would have no effect with them.
     """
     assert config.adapter is not None
+    assert opened.adapter is not None
     if config.adapter.dropout and not drop_out:
         raise UserError(
             f"adapter.dropout={config.adapter.dropout} has no effect where disable_dropout switches all dropout off: leave it "
             f"out, or set dpo_config.disable_dropout: false"
         )
-    add_adapter(model, config.adapter, config.seed)
-    ParameterGroups(model).check(config)
+    left_out = add_adapter(opened.model, opened.adapter, config.seed)
+    ParameterGroups(opened.model).check(config)
+    return left_out
 
 
 def _load_weights(model: PreTrainedModel, found: Path) -> None:
@@ -316,21 +296,32 @@ def _load_weights(model: PreTrainedModel, found: Path) -> None:
 
 
 def _make_policy(
-    model: PreTrainedModel, config: TrainingConfig, device: torch.device, drop_out: bool, precision: torch.dtype
-) -> Policy:
-    if config.adapter is not None:
-        _add_adapter(model, config, drop_out)
+    opened: Opened,
+    config: TrainingConfig,
+    data: PreparedData,
+    device: torch.device,
+    drop_out: bool,
+    precision: torch.dtype,
+) -> tuple[Policy, dict[str, str]]:
+    """The model as it trains, and the layers that are asked for and get no adapter, each with the reason."""
+    model = opened.model
+    left_out = {} if config.adapter is None else _add_adapter(opened, config, drop_out)
     model.to(device)  # type: ignore[arg-type]
     if not drop_out:
         disable_dropout(model)
     policy = Policy(model, config.attention)
+    policy.check_rows(longest_rows(data, config, vocabulary_rows(model)))
     if not drop_out:
         refuse_random_training(policy)
+    if opened.adapter is not None:
+        left_out |= take_out_idle_adapters(policy, opened.adapter, data.longest)
+    if opened.continued is not None:
+        load_adapter_weights(model, opened.continued)
     if config.gradient_checkpointing:
         recompute_activations(model, config.checkpointed_share)
     if config.adapter is not None and precision != torch.float32:
         keep_frozen_in(model, precision)  # last: the checks above run without autocast
-    return policy
+    return policy, left_out
 
 
 def _compile(policy: Policy, stage: Stage, config: TrainingConfig, data: PreparedData, precision: torch.dtype) -> str:

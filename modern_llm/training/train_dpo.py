@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +19,15 @@ from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.evaluation.drift import kl_on_prompts
 from modern_llm.evaluation.generation import Answer, Ask, answer_logprobs
+from modern_llm.initial.opened import Opened, open_checkpoint
 from modern_llm.metrics import RunLog
-from modern_llm.models.adapters import adapter_layers, adapters_off, keep_frozen_in
+from modern_llm.models.adapters import adapters_off, keep_frozen_in
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import with_reference
 from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.loop import Loop
-from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, open_reference, train_stage
+from modern_llm.training.stage import check_early, dataset_or_default, open_reference, train_stage
 
 __all__ = ["DPOConfig", "PreferenceDatasetConfig", "run_dpo"]
 
@@ -63,26 +64,24 @@ def run_dpo(
             )
         preference_config = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
-        model, tokenizer, recorded_name = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config)
+        opened = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config.adapter)
+        encoder = ChatEncoder(opened.tokenizer)
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
-        named = open_reference(dpo_config, tokenizer)
+        named = open_reference(dpo_config, opened.tokenizer, opened.tokenizer_name)
         objective = PreferenceObjective(dpo_config)
-        reference = Reference(objective, named, sft_checkpoint, tokenizer_name)
-        data = prepare_preferences(preference_config, dpo_config, ChatEncoder(tokenizer))
+        reference = Reference(objective, named, opened, tokenizer_name)
+        data = prepare_preferences(preference_config, dpo_config, encoder)
         return train_stage(
             stage="dpo",
             config=train_config,
             sections=sections,
             inputs=stage_inputs("dpo", train_config, sections, sft_checkpoint),
-            model=model,
-            tokenizer=tokenizer,
-            tokenizer_name=recorded_name,
+            opened=opened,
             data=data,
             objective=objective,
-            parent=sft_checkpoint,
             drop_out=not dpo_config.disable_dropout,
             prepare=reference.ask,
-            conclude=partial(reference.drift, ChatEncoder(tokenizer)) if data.evaluation else None,
+            conclude=partial(reference.drift, encoder) if data.evaluation else None,
             reference_weights=None if named is None else weights_hash(named),
         )
 
@@ -91,16 +90,20 @@ class Reference:
     """The model that the policy is compared with: asked for all pairs before training, and about the policy's answers after."""
 
     def __init__(
-        self, objective: PreferenceObjective, named: PreTrainedModel | None, start: Path | str, tokenizer_name: str | None
+        self, objective: PreferenceObjective, named: PreTrainedModel | None, opened: Opened, tokenizer_name: str | None
     ) -> None:
         """
         Args:
             objective: of the run; gets a live copy of the start where the reference moves.
             named: the model of `reference_checkpoint`. None: the policy before its first step is the reference.
-            start: where that comes from.
+            opened: what the policy begins from.
             tokenizer_name: as given.
         """
-        self.objective, self.named, self.start, self.tokenizer_name = objective, named, start, tokenizer_name
+        assert opened.initial is not None
+        self.objective, self.named, self.tokenizer_name = objective, named, tokenizer_name
+        self.start = opened.initial.name
+        self.is_without_adapters = opened.adapter is not None and opened.continued is None
+        """Whether the start is the policy with its adapters switched off."""
         self.other: Policy | None = None
 
     def ask(self, policy: Policy, data: PreparedData, precision: torch.dtype, log: RunLog) -> PreparedData:
@@ -114,7 +117,7 @@ class Reference:
             self.objective.live = frozen(copy.deepcopy(policy))
             return data
         began = time.perf_counter()
-        with adapters_off(policy.model):  # the start is what the adapters are added to
+        with adapters_off(policy.model) if self.is_without_adapters else nullcontext():
             data, computed = with_reference(data, self.other or policy, precision)
         if computed:
             log.message(f"reference log-probs of {computed} pairs in {time.perf_counter() - began:.1f} s, kept for other runs")
@@ -139,7 +142,7 @@ class Reference:
         if other := self.objective.live or self.other:
             with other.as_loaded() as model:
                 yield partial(answer_logprobs, model)
-        elif adapter_layers(policy.model):
+        elif self.is_without_adapters:
 
             def without_adapters(answer: Answer) -> Tensor:
                 with adapters_off(policy.model):
@@ -147,7 +150,7 @@ class Reference:
 
             yield without_adapters
         else:
-            model, _, _ = open_checkpoint(self.start, self.tokenizer_name, "sft_checkpoint")
+            model = open_checkpoint(self.start, self.tokenizer_name, "sft_checkpoint").model
             model.requires_grad_(False)
             if precision != torch.float32:
                 keep_frozen_in(model, precision)  # half the memory, and the same numbers

@@ -6,6 +6,7 @@ from modern_llm import distributed
 from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, StrictModel, TrainingConfig
 from modern_llm.data.lm_datasets import prepare_documents, training_texts
 from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_tokenizer, train_tokenizer
+from modern_llm.initial.opened import open_new
 from modern_llm.models.build import build_model
 from modern_llm.objectives import LanguageModelingObjective
 from modern_llm.training.inputs import stage_inputs
@@ -53,9 +54,7 @@ def run_training(
             config=train_config,
             sections={"model": model_config, "data": dataset_config},
             inputs=inputs,
-            model=model,
-            tokenizer=tokenizer,
-            tokenizer_name=tokenizer_name or "trained",
+            opened=open_new(model, tokenizer, tokenizer_name or "trained"),
             data=prepare_documents(dataset_config, TextEncoder(tokenizer), max_length, train_config.seed),
             objective=LanguageModelingObjective(train_config.z_loss),
         )

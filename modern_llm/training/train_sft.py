@@ -6,9 +6,10 @@ from modern_llm import distributed
 from modern_llm.config import InstructionDatasetConfig, TrainingConfig
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
+from modern_llm.initial.opened import open_checkpoint
 from modern_llm.objectives import LanguageModelingObjective
 from modern_llm.training.inputs import stage_inputs
-from modern_llm.training.stage import check_early, dataset_or_default, open_checkpoint, train_stage
+from modern_llm.training.stage import check_early, dataset_or_default, train_stage
 
 __all__ = ["InstructionDatasetConfig", "run_sft"]
 
@@ -37,20 +38,15 @@ def run_sft(
         check_early("sft", train_config)
         dataset_config = dataset_or_default(dataset_config, train_config, InstructionDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
-        model, tokenizer, recorded_name = open_checkpoint(
-            pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint", train_config
-        )
+        opened = open_checkpoint(pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint", train_config.adapter)
         return train_stage(
             stage="sft",
             config=train_config,
             sections={"data": dataset_config},
             inputs=stage_inputs("sft", train_config, {"data": dataset_config}, pretrain_checkpoint),
-            model=model,
-            tokenizer=tokenizer,
-            tokenizer_name=recorded_name,
-            data=prepare_instructions(dataset_config, ChatEncoder(tokenizer)),
+            opened=opened,
+            data=prepare_instructions(dataset_config, ChatEncoder(opened.tokenizer)),
             objective=LanguageModelingObjective(train_config.z_loss),
-            parent=pretrain_checkpoint,
         )
 
 

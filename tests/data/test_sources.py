@@ -524,7 +524,7 @@ refused(lambda: open_source(NAME, source, "text"))
 """
 ASK_FOR_ALL = """
 from modern_llm.data.tokenizer import load_tokenizer
-from modern_llm.models.build import load_model
+from modern_llm.initial.checkpoint import load_model
 
 refused(lambda: load_tokenizer(NAME))
 refused(lambda: load_model(NAME, "sft_checkpoint"))

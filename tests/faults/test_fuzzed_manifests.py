@@ -11,10 +11,10 @@ from fuzz import CASES, damaged, mutated, try_cases
 
 from modern_llm.checkpoint import MANIFEST, OWN_HASH, read_manifest, seal, verify
 from modern_llm.config import InstructionDatasetConfig, TrainingConfig, UserError
+from modern_llm.initial.checkpoint import identity
 from modern_llm.lineage import explain_difference, verify_lineage
 from modern_llm.models.adapter_folders import adapter_section, base_of
 from modern_llm.reuse import decide
-from modern_llm.training.inputs import identity
 from modern_llm.training.resume import newest_checkpoint
 from modern_llm.training.train_sft import run_sft
 

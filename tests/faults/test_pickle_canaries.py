@@ -28,7 +28,7 @@ from modern_llm.data.readers import BadRows
 from modern_llm.data.sources import open_source, stream_rows
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.data.tokenizer import load_tokenizer
-from modern_llm.models.build import load_model
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.training.train_dpo import run_dpo
 from modern_llm.training.train_sft import run_sft
 

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from modern_llm.checkpoint import weights_hash, write_manifest
 from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
-from modern_llm.models.adapter_folders import adapter_weights, load_adapter_weights, save_adapter
+from modern_llm.models.adapter_folders import AdapterBase, adapter_weights, load_adapter_weights, save_adapter
 from modern_llm.models.adapters import adapter_layers, adapters_off, add_adapter, keep_frozen_in, state_without_adapters
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy
 from modern_llm.precision import autocast
 
@@ -256,7 +256,7 @@ def test_every_family_trains_packed_and_merges_into_a_plain_folder_with_the_same
         assert Policy(model).packs
         folder = tmp_path / kind
         folder.mkdir()
-        save_adapter(model, adapter_weights(model), folder, folder, {"checkpoint": str(tmp_path / "base"), "weights": ""}, None)
+        save_adapter(model, adapter_weights(model), folder, folder, AdapterBase(str(tmp_path / "base"), "", None))
         merged = load_model(folder)
         assert not adapter_layers(merged)
         merged.save_pretrained(tmp_path / f"{kind}-merged")
@@ -298,8 +298,7 @@ def test_nf4_is_kept_in_4_bits_passes_the_policys_check_and_is_the_model_that_is
         adapter_weights(model),
         tmp_path / "adapter",
         tmp_path / "adapter",
-        {"checkpoint": str(start), "weights": ""},
-        "nf4",
+        AdapterBase(str(start), "", "nf4"),
     )
     del section["adapter"]["base_weights"]
     write_manifest(tmp_path / "adapter", section)
@@ -310,15 +309,13 @@ def test_nf4_is_kept_in_4_bits_passes_the_policys_check_and_is_the_model_that_is
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_product_of_4_bits_and_its_gradient_are_those_of_what_they_say(precision: torch.dtype) -> None:
     """In eval mode too, after which bitsandbytes' own layer lets no gradient pass on some CPUs."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    from modern_llm.models.nf4 import NF4Linear
+    from modern_llm.models.nf4 import NF4Linear, unpacked
 
     torch.manual_seed(0)
     layer = NF4Linear(nn.Linear(96, 40))
     plain = nn.Linear(96, 40)
     with torch.no_grad():
-        plain.weight.copy_(dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+        plain.weight.copy_(unpacked(layer.weight.data, layer.weight.quant_state))
         plain.bias.copy_(layer.bias)
     results = []
     for module in (layer, plain):
@@ -333,6 +330,26 @@ def test_the_product_of_4_bits_and_its_gradient_are_those_of_what_they_say(preci
     assert results[0][0] == results[1][0] == precision
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (10, 7), (5, 48), (3, 160), (128, 192)])
+@pytest.mark.parametrize("double", [False, True])
+def test_what_4_bits_stand_for_is_the_nearest_code_times_the_largest_of_64_weights(shape, double) -> None:
+    """In any shape, also where a block of 64 goes over the end of a row, as the packed format has it on every device."""
+    from bitsandbytes.functional import get_4bit_type, quantize_4bit
+
+    from modern_llm.models.nf4 import unpacked
+
+    weight = 0.08 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    flat = weight.reshape(-1)
+    blocks = torch.cat([flat, flat.new_zeros(-len(flat) % 64)]).view(-1, 64)
+    largest = blocks.abs().max(1, keepdim=True).values
+    code = get_4bit_type("nf4", device="cpu")
+    nearest = code[((blocks / largest)[..., None] - code).abs().argmin(-1)]
+    expected = (nearest * largest).reshape(-1)[: len(flat)].view(shape)
+    got = unpacked(*quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=double))
+    # scales in 8 bits are a little off; a block that is read from the wrong place differs by as much as the weights
+    assert float((got - expected).abs().max()) <= (0.02 * float(largest.max()) if double else 1e-7)
 
 
 def test_a_model_without_linear_layers_is_not_quantized() -> None:
@@ -441,7 +458,7 @@ def test_an_adapter_on_a_tied_head_is_refused(tokenizer: PreTrainedTokenizerFast
 
 def test_adapter_weights_come_back_to_the_last_bit(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = adapted(tiny_model(tokenizer), kind="dora")
-    save_adapter(model, adapter_weights(model), tmp_path, tmp_path, {"checkpoint": "somebody/model", "weights": ""}, None)
+    save_adapter(model, adapter_weights(model), tmp_path, tmp_path, AdapterBase("somebody/model", "", None))
     other = adapted(tiny_model(tokenizer), trained=False, seed=9, kind="dora")
     load_adapter_weights(other, tmp_path)
     assert identical(adapter_weights(other), adapter_weights(model))

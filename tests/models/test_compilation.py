@@ -1,8 +1,5 @@
 """`torch.compile` of the decoder layers: the same numbers, decided aloud, and never silently something else."""
 
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +9,7 @@ import pytest
 import torch
 from helpers import make_loop, random_examples, snapshot, tiny_model
 from torch import Tensor
+from torch._inductor.cpp_builder import cpp_compiler_search
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PreTrainedTokenizerFast
 
@@ -67,27 +65,21 @@ def test_what_cannot_be_compiled_is_named(
         compile_layers(policy, "on", SHORT_RUN)
 
 
-def test_without_a_compiler_auto_says_so_and_on_is_refused(tmp_path: Path) -> None:
-    """In a process of its own, because torch remembers the compiler that it found."""
-    code = """
-from modern_llm.config import UserError
-from modern_llm.models.compilation import compile_layers
-from modern_llm.models.policy import Policy
-from transformers import AutoModelForCausalLM, Qwen3Config
-shape = Qwen3Config(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                    head_dim=8, intermediate_size=16)
-policy = Policy(AutoModelForCausalLM.from_config(shape))
-print(compile_layers(policy, "auto", 1e6))
-try:
-    compile_layers(policy, "on", 1e6)
-except UserError as error:
-    print(error)
-"""
-    environment = {**os.environ, "CXX": str(tmp_path / "none"), "PATH": str(Path(sys.executable).parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    auto, on = done.stdout.splitlines()
-    assert auto == "compile: off (auto: no C++ compiler was found (install g++, or name one by the environment variable CXX))"
-    assert on.startswith("compile='on' cannot be: no C++ compiler")
+def test_without_a_compiler_auto_says_so_and_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    policy = Policy(tiny_model(tokenizer))
+    cpp_compiler_search.cache_clear()  # torch remembers the compiler that it found
+    try:
+        with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "none"))}):  # where it puts what CXX says
+            assert compile_layers(policy, "auto", LONG_RUN) == (
+                "compile: off (auto: no C++ compiler was found (install g++, or name one by the environment variable CXX))"
+            )
+            with pytest.raises(UserError, match=r"compile='on' cannot be: no C\+\+ compiler"):
+                compile_layers(policy, "on", LONG_RUN)
+    finally:
+        cpp_compiler_search.cache_clear()
+    assert not is_compiled(policy)
 
 
 def test_compiled_layers_train_as_the_others_do(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

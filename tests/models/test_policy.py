@@ -1,16 +1,19 @@
 """The policy over hub families as plain folders: equal to the oracle, packed or padded; dropout; gradient checkpointing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from condition import truth_of
 from families import GPT, GROUPED, OWN_HEAD, PADDED, VOCAB, WINDOW, families, random_model
 from helpers import ARCHITECTURES, random_segment, relative_error, sample, sharpened, tiny_model
 from layouts import apart, everything
-from tolerances import GRADIENT, SPLIT_GRADIENT, TOKEN_LOGPROB
+from tolerances import SPLIT_GRADIENT
 from transformers import (
+    AutoConfig,
     BloomConfig,
     CodeGenConfig,
     FalconConfig,
@@ -25,8 +28,10 @@ from transformers import (
 )
 
 from modern_llm.config import UserError
+from modern_llm.config.adapter import AdapterConfig
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
-from modern_llm.models.build import load_model
+from modern_llm.models.adapters import add_adapter
 from modern_llm.models.policy import Policy, disable_dropout
 
 LLAMA4 = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": WINDOW}
@@ -51,9 +56,7 @@ def folder_model(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
 def test_hub_families_equal_the_oracle_in_logprobs_and_gradients(family: str, tmp_path: Path) -> None:
     """With shared prompts and with each answer's own; documents, chats and pairs, shorter and longer than the windows."""
     model = folder_model(families()[family], tmp_path)
-    slow = oracle.float64_copy(model)
-    wanted = torch.stack([value for segment in everything() for value in oracle.token_logprobs(slow, sample(segment))])
-    slow_gradients = oracle.gradients(slow, wanted.sum())
+    truth = truth_of(model, [sample(segment) for segment in everything()])
     policy = Policy(model)
     assert policy.packs == (family not in PADDED)
     assert (policy.note is None) == policy.packs
@@ -61,10 +64,10 @@ def test_hub_families_equal_the_oracle_in_logprobs_and_gradients(family: str, tm
     for segments in (everything(), apart(everything())):
         policy.zero_grad()
         got = policy(pack(segments)).logprobs
-        assert float((got.double() - wanted).abs().max().detach()) <= TOKEN_LOGPROB
+        assert float((got.double() - truth.logprobs).abs().max().detach()) <= truth.logprob_tolerance
         got.sum().backward()
         fast = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-        assert relative_error(fast, slow_gradients) <= GRADIENT
+        assert relative_error(fast, truth.gradients) <= truth.gradient_tolerance
 
 
 @pytest.mark.parametrize(
@@ -99,11 +102,14 @@ def test_a_capped_or_scaled_head_is_seen_in_a_model_whose_logits_are_still_small
     assert not Policy(random_model(config)).plain_head
 
 
+MAMBA = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0], ids=["fresh weights", "sharp weights"])  # Mamba's recurrence blows up rounding
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("MambaForCausalLM", MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)),
+        ("MambaForCausalLM", MAMBA),
         ("BloomForCausalLM", BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)),
         ("Lfm2ForCausalLM", Lfm2Config(**WIDER, layer_types=["conv", "full_attention"])),
         ("Llama4ForCausalLM", Llama4TextConfig(**LLAMA4)),
@@ -119,20 +125,43 @@ def test_what_packing_cannot_do_runs_padded_and_equals_the_oracle(
 ) -> None:
     sharpened(random_model(config), scale).save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    slow = oracle.float64_copy(model)
+    samples = [sample(segment) for segment in everything()]
+    factors = torch.randn(sum(sum(scored[1:]) for _, scored in samples), generator=torch.Generator().manual_seed(0))
+    truth = truth_of(model, samples, factors)
     policy = Policy(model)
     assert not policy.packs
     assert policy.note is not None
     assert policy.note.startswith(f"{name} cannot run on packed rows")
-    wanted = torch.stack([value for segment in everything() for value in oracle.token_logprobs(slow, sample(segment))])
     got = policy(pack(everything())).logprobs
-    assert float((got.double() - wanted).abs().max().detach()) <= TOKEN_LOGPROB
-    factors = torch.randn(len(wanted), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    (got * factors.float()).sum().backward()
+    assert float((got.double() - truth.logprobs).abs().max().detach()) <= truth.logprob_tolerance
+    (got * factors).sum().backward()
     fast = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in policy.model.named_parameters()}
-    assert relative_error(fast, oracle.gradients(slow, (wanted * factors).sum())) <= GRADIENT
+    assert relative_error(fast, truth.gradients) <= truth.gradient_tolerance
     with pytest.raises(UserError, match=f"{name} cannot be trained with attention='sdpa'"):
         Policy(load_model(tmp_path), "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "mistake"),
+    [(MAMBA, 2.0, "position"), (families()["gemma2"], 4.0, "position"), (families()["gemma2"], 4.0, "head")],
+    ids=["mamba-position", "gemma2-position", "gemma2-head"],
+)
+def test_a_mistake_is_far_beyond_the_tolerance_that_the_model_demands(
+    config: PreTrainedConfig, scale: float, mistake: str
+) -> None:
+    """A position off by one, and a soft cap that is left out, in value and gradient."""
+    model = sharpened(random_model(config), scale)
+    truth = truth_of(model, [sample(segment) for segment in everything()])
+    policy, row = Policy(model), pack(everything())
+    if mistake == "head":
+        policy.plain_head = True
+    else:
+        row = replace(row, predicting=(row.predicting - 1).clamp(min=0))
+    got = policy(row).logprobs
+    assert float((got.double() - truth.logprobs).abs().max().detach()) > 1000 * truth.logprob_tolerance
+    got.sum().backward()
+    fast = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    assert relative_error(fast, truth.gradients) > 100 * truth.gradient_tolerance
 
 
 def test_the_fused_kernel_is_refused_where_it_cannot_do_what_the_model_asks(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -175,6 +204,19 @@ def test_disable_dropout_makes_train_mode_equal_eval_mode(family: str) -> None:
         assert not torch.equal(policy.train()(row).logprobs, quiet), "dropout of 0.5 must show in train mode"
         disable_dropout(model)
         assert all(torch.equal(policy.train()(row).logprobs, quiet) for _ in range(8)), "a layer dropped now and then shows too"
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_model_that_fails_by_itself_is_one_line_with_its_own_reason(adapters: bool) -> None:
+    """Latent attention has as many keys as queries; this config says half."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    model = random_model(AutoConfig.for_model("deepseek_v3", **{**GROUPED, **latent, **experts}))
+    if adapters:
+        add_adapter(model, AdapterConfig(rank=4, target_modules=("o_proj",)), 0)
+    said = "DeepseekV3ForCausalLM with adapters on o_proj fails" if adapters else "DeepseekV3ForCausalLM fails"
+    with pytest.raises(UserError, match=rf"^{said} on 3 tokens \(RuntimeError: .*size of tensor.*\): correct its config.json$"):
+        Policy(model)
 
 
 def test_the_check_moves_no_random_state_and_leaves_the_mode(tokenizer: PreTrainedTokenizerFast) -> None:

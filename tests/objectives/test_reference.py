@@ -36,8 +36,8 @@ from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig
 from modern_llm.data.prepared import Example, InMemory, Mixture, PreparedData, mixture_of
 from modern_llm.data.store import CACHE_VARIABLE, cache_folder
 from modern_llm.exit_codes import StorageError
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import pack
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import reference as reference_module
 from modern_llm.objectives.answers import answer_scores

@@ -21,8 +21,8 @@ from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.loader import micro_batches, steps
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.losses.token_logprobs import SIZES
-from modern_llm.models.build import load_model
 from modern_llm.models.flops import training_cost
 from modern_llm.models.policy import Policy, vocabulary_rows
 from modern_llm.objectives import LanguageModelingObjective

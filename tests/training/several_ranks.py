@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import recorded_loops, stopped_after_first_save, write_jsonl
+from processes import run_processes
 from two_ranks import ANSWERS, fine_tune, rows_file
 
 from modern_llm import distributed
@@ -25,8 +25,8 @@ UNEVEN = {"batch_size": 3, "micro_batch_size": 2}
 
 
 def run_on(world_size: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work(rank, folder, *arguments)` in so many fresh processes; an error in one is raised here."""
-    mp.start_processes(_in_group, args=(world_size, folder, work, *arguments), nprocs=world_size, start_method="spawn")
+    """Run `work(rank, folder, *arguments)` in so many processes; an error in one is raised here."""
+    run_processes(world_size, _in_group, world_size, folder, work, *arguments)
 
 
 def _in_group(rank: int, world_size: int, folder: Path, work: Callable[..., None], *arguments: Any) -> None:

@@ -45,7 +45,7 @@ from modern_llm.checkpoint import read_manifest, verify
 from modern_llm.cli import parse
 from modern_llm.config import UserError, resolve
 from modern_llm.config.commands import SFTArguments
-from modern_llm.models.build import load_model, start_hash
+from modern_llm.initial.checkpoint import load_model, read_initial
 from modern_llm.models.policy import Policy
 
 LORA = AdapterConfig(rank=4, alpha=8)
@@ -188,11 +188,12 @@ def test_the_first_reference_of_a_run_with_adapters_is_the_base_exactly(base, da
     tables = {}
     original = stage.add_adapter
 
-    def moved(model: Any, *given: Any) -> None:
-        original(model, *given)
+    def moved(model: Any, *given: Any) -> dict[str, str]:
+        left_out = original(model, *given)
         with torch.no_grad():
             for weight in adapter_weights(model).values():
                 weight.add_(0.1)
+        return left_out
 
     for name, adapter in (("full", None), ("adapters", LORA)):
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
@@ -221,13 +222,13 @@ def test_qlora_learns_and_what_is_loaded_is_the_model_that_was_trained(base, dat
 
 @pytest.fixture(scope="module")
 def chain(data, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pretraining, SFT with LoRA on it, DPO with DoRA on that."""
+    """Pretraining, SFT with LoRA on it, DPO with LoRA on that."""
     root = tmp_path_factory.mktemp("chain") / "runs"
     shape = ModelConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=64, vocab_size=300)
     text = LanguageModelingDatasetConfig(dataset_name=data["text"])
     start = run_training(shape, settings(root / "pretrain", adapter=None, batch_size=2, micro_batch_size=2), text)
     tuned = sft(start, data, root / "sft")
-    dpo(tuned, data, root / "dpo", adapter=AdapterConfig(rank=2, kind="dora"))
+    dpo(tuned, data, root / "dpo", adapter=AdapterConfig(rank=2))
     return root
 
 
@@ -247,33 +248,28 @@ def test_a_chain_of_adapters_loads_from_wherever_it_is_moved_to(chain: Path, tmp
     assert torch.equal(logits(tmp_path / "alone"), wanted)
 
 
-@pytest.mark.parametrize("changed", ["pretrain", "sft"])
-def test_a_base_that_changed_is_refused_with_both_hashes(changed: str, chain: Path, tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_base_that_changed_is_refused_with_both_hashes(stage: str, chain: Path, tokenizer, tmp_path: Path) -> None:
+    """The preference adapters hold those of SFT, so both are on the pretrained model."""
     shutil.copytree(chain, tmp_path / "runs")
-    path = (
-        tmp_path
-        / "runs"
-        / changed
-        / f"{changed}_final"
-        / ("adapter_model.safetensors" if changed == "sft" else "model.safetensors")
-    )
+    path = tmp_path / "runs" / "pretrain" / "pretrain_final" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"hash of its weights is \w{64}, and was \w{64}: put that model back") as refused:
-        load_model(tmp_path / "runs" / "dpo" / "dpo_final", "sft_checkpoint")
+        load_model(tmp_path / "runs" / stage / f"{stage}_final", "sft_checkpoint")
     assert str(refused.value).startswith("sft_checkpoint=")
-    assert changed in str(refused.value)
+    assert "pretrain_final" in str(refused.value)
 
 
 def test_a_run_on_adapters_is_found_again_and_refused_for_others(chain: Path, data, tmp_path: Path) -> None:
     shutil.copytree(chain, tmp_path / "runs")
     before = files(tmp_path / "runs")
-    tuned, out, adapter = tmp_path / "runs" / "sft" / "sft_final", tmp_path / "runs" / "dpo", AdapterConfig(rank=2, kind="dora")
+    tuned, out, adapter = tmp_path / "runs" / "sft" / "sft_final", tmp_path / "runs" / "dpo", AdapterConfig(rank=2)
     assert dpo(tuned, data, out, adapter=adapter) == out / "dpo_final"
     assert files(tmp_path / "runs") == before
     with pytest.raises(UserError, match=r"train.adapter.rank: 2 there, 4 now"):
-        dpo(tuned, data, out, adapter=AdapterConfig(rank=4, kind="dora"))
+        dpo(tuned, data, out, adapter=AdapterConfig(rank=4))
     with pytest.raises(UserError, match=r"parent\.weights"):
         dpo(tmp_path / "runs" / "pretrain" / "pretrain_final", data, out, adapter=adapter)
 
@@ -285,7 +281,10 @@ def test_the_hash_of_a_start_with_adapters_does_not_depend_on_how_a_machine_roun
         for parameter in elsewhere.parameters():
             parameter.mul_(1 + 1e-7)
     assert manifest is not None
-    assert start_hash(tuned, elsewhere) == manifest["adapter"]["base_weights"] == manifest["start_weights"]
+    assert read_initial(tuned).hash_of(elsewhere) == manifest["start_weights"]
+    root = read_manifest(chain / "pretrain" / "pretrain_final")
+    assert root is not None
+    assert manifest["adapter"]["base_weights"] == root["weights"]
     assert read_manifest(tuned)["weights"] == manifest["start_weights"]  # type: ignore[index]
 
 
@@ -327,7 +326,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(t
     bigger = AutoTokenizer.from_pretrained(small)
     bigger.add_tokens(["<|a|>", "<|b|>"])
     bigger.save_pretrained(small)
-    with pytest.raises(UserError, match=r"no embeddings for 2 tokens .* train once without it"):
+    with pytest.raises(UserError, match=r"no trained embeddings for 2 tokens .* train once without it"):
         sft(small, data, tmp_path / "run")
     assert sft(small, data, tmp_path / "full", adapter=None, learning_rate=1e-5)
 

@@ -3,22 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
 import torch
+from condition import Plain
 from families import families, random_model
 from helpers import ANSWERS, QUESTIONS, WRONG, logged, save_start, sharpened, write_jsonl
+from tolerances import LOSS, TIMES_OWN, TIMES_OWN_NORM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm import AdapterConfig, DPOConfig, PreferenceDatasetConfig, TrainingConfig, run_dpo
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.preference_datasets import held_out_pairs
+from modern_llm.evaluation import drift
 from modern_llm.evaluation.drift import NEW_TOKENS
-from modern_llm.models.build import load_model
+from modern_llm.evaluation.generation import Answer, greedy_answers
+from modern_llm.initial.checkpoint import load_model
+from modern_llm.initial.handoff import end_token_ids
 from modern_llm.models.policy import context_length
-from modern_llm.training.contract import end_token_ids
 
 CONTEXT = 64
 """Tokens; the longest prompts leave less room than `NEW_TOKENS`."""
+RELATIVE = 1e-3
+"""A divergence is a small difference of log-probs, each of which is off by 1e-6."""
 CASES: dict[str, dict[str, Any]] = {
     "all weights": {},
     "adapters": {"adapter": AdapterConfig(rank=4), "learning_rate": 3e-2},
@@ -59,49 +66,77 @@ def train(begin: Path, pairs: PreferenceDatasetConfig, folder: Path, **changes: 
     return run_dpo(begin, TrainingConfig(output_dir=folder, **given), DPOConfig(max_length=CONTEXT, **options), pairs)
 
 
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+    """What the policies of this test answer when they are measured."""
+    found: list[Answer] = []
+
+    def noted(*given: Any) -> list[Answer]:
+        made = greedy_answers(*given)
+        found.extend(made)
+        return made
+
+    monkeypatch.setattr(drift, "greedy_answers", noted)
+    return found
+
+
 @torch.no_grad()
-def by_hand(model: PreTrainedModel, other: PreTrainedModel, prompts: list[list[int]], ends: set[int]) -> float:
-    """One token after the other, with no cache, no batch and no autocast."""
-    total, tokens = 0.0, 0
-    model, other = model.double().eval(), other.double().eval()
-    for prompt in prompts:
-        ids = list(prompt)
-        while len(ids) < min(CONTEXT, len(prompt) + NEW_TOKENS) and not (len(ids) > len(prompt) and ids[-1] in ends):
-            p, q = (m(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for m in (model, other))
-            total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + 1
-            ids.append(int(p.argmax()))
-    return total / tokens
+def by_hand(model: PreTrainedModel, other: PreTrainedModel, answers: list[Answer], precision: torch.dtype) -> Any:
+    """Over the answers of the run, in float64 with no batch; each token of them is the most likely one, or as good as that."""
+    divergences, own = [], []
+    for answer in answers:
+        at = slice(len(answer.prompt_ids) - 1, -1)
+        ids = torch.tensor([answer.prompt_ids + answer.ids])
+        p, q = (oracle.float64_copy(m)(ids).logits[0, at].log_softmax(-1) for m in (model, other))
+        plain_p, plain_q = (Plain(m.eval(), precision)(ids).logits[0, at].double().log_softmax(-1) for m in (model, other))
+        said = p.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        assert float((p.amax(1) - said).max()) <= LOSS + TIMES_OWN * float((plain_p - p).abs().max())
+        divergences.append((p.exp() * (p - q)).sum(1))
+        own.append((plain_p.exp() * (plain_p - plain_q)).sum(1) - divergences[-1])
+    value = float(torch.cat(divergences).mean())
+    assert value > 0.01
+    return pytest.approx(value, rel=RELATIVE, abs=TIMES_OWN_NORM * float(torch.cat(own).abs().mean()))
 
 
 def expected(
-    final: Path, other: Path, pairs: PreferenceDatasetConfig, tokenizer: PreTrainedTokenizerFast, tolerance: float = 1e-3
+    final: Path,
+    other: Path,
+    pairs: PreferenceDatasetConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    answers: list[Answer],
+    precision: torch.dtype = torch.float32,
 ) -> Any:
-    encoder = ChatEncoder(tokenizer)
-    prompts = [encoder.prompt(pair.prompt) for pair in held_out_pairs(pairs, encoder)]
-    value = by_hand(load_model(final), load_model(other), prompts, end_token_ids(tokenizer))
-    assert value > 0.01
-    return pytest.approx(value, rel=tolerance)
+    encoder, ends = ChatEncoder(tokenizer), end_token_ids(tokenizer)
+    assert [answer.prompt_ids for answer in answers] == [encoder.prompt(pair.prompt) for pair in held_out_pairs(pairs, encoder)]
+    for answer in answers:
+        assert not ends & set(answer.ids[:-1])
+        assert answer.ids[-1] in ends or len(answer.ids) == min(NEW_TOKENS, CONTEXT - len(answer.prompt_ids))
+    return by_hand(load_model(final), load_model(other), answers, precision)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_divergence_is_that_of_the_saved_model_from_the_start(case: str, begin, pairs, tokenizer, tmp_path) -> None:
+def test_the_divergence_is_that_of_the_saved_model_from_the_start(
+    case: str, begin, pairs, tokenizer, answers, tmp_path
+) -> None:
     final = train(begin, pairs, tmp_path / "run", **CASES[case])
-    tolerance = 0.05 if case == "bf16" else 1e-3
-    assert logged(tmp_path / "run", "eval/kl") == [expected(final, begin, pairs, tokenizer, tolerance)]
+    precision = torch.bfloat16 if case == "bf16" else torch.float32
+    assert logged(tmp_path / "run", "eval/kl") == [expected(final, begin, pairs, tokenizer, answers, precision)]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gemma2"])
-def test_learned_positions_padded_lines_and_capped_logits_are_measured_too(family: str, pairs, tokenizer, tmp_path) -> None:
+def test_learned_positions_padded_lines_and_capped_logits_are_measured_too(
+    family: str, pairs, tokenizer, answers, tmp_path
+) -> None:
     """No answer goes on beyond the context, where GPT-2 has no position."""
     start = start_of(family, tokenizer, tmp_path / "start")
     final = train(start, pairs, tmp_path / "run")
-    assert logged(tmp_path / "run", "eval/kl") == [expected(final, start, pairs, tokenizer)]
+    assert logged(tmp_path / "run", "eval/kl") == [expected(final, start, pairs, tokenizer, answers)]
 
 
-def test_the_divergence_is_from_the_named_reference(begin, pairs, tokenizer, tmp_path) -> None:
+def test_the_divergence_is_from_the_named_reference(begin, pairs, tokenizer, answers, tmp_path) -> None:
     named = start_of("qwen3", tokenizer, tmp_path / "named", factor=2.2)
     final = train(begin, pairs, tmp_path / "run", reference_checkpoint=str(named))
-    assert logged(tmp_path / "run", "eval/kl") == [expected(final, named, pairs, tokenizer)]
+    assert logged(tmp_path / "run", "eval/kl") == [expected(final, named, pairs, tokenizer, answers)]
 
 
 def test_a_reference_that_has_just_become_the_policy_is_at_no_distance(begin, pairs, tmp_path) -> None:

@@ -41,7 +41,7 @@ from modern_llm.config import (
 from modern_llm.data.lm_datasets import held_out_blocks
 from modern_llm.data.loader import MicroBatch
 from modern_llm.data.tokenizer import TextEncoder
-from modern_llm.models.build import load_model
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.models.policy import Policy
 from modern_llm.objectives import LanguageModelingObjective, Outcome
 from modern_llm.training.ema import WeightAverage

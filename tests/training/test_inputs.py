@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from helpers import save_start, tiny_model, write_jsonl
 
-from modern_llm.config import DPOConfig, PipelineConfig
+from modern_llm.config import AdapterConfig, DPOConfig, PipelineConfig, TrainingConfig, resolve
 from modern_llm.config.base import StrictModel
+from modern_llm.config.resolve import STAGE_DEFAULTS
 from modern_llm.config.training import Stage
 from modern_llm.data.tokenizer import train_tokenizer
+from modern_llm.initial.checkpoint import identity
 from modern_llm.pipeline import sections_of
-from modern_llm.training.inputs import code_version, identity, key_of, stage_inputs
+from modern_llm.training.inputs import code_version, key_of, stage_inputs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "pipeline.md"
 STAGES: tuple[Stage, ...] = ("pretrain", "sft", "dpo")
@@ -31,9 +33,19 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def config() -> PipelineConfig:
-    village = {"dataset_name": "builtin:village", "max_rows": 20}
-    return PipelineConfig.model_validate({"pretrain": {"data": village}, "sft": {"data": village}, "dpo": {"data": village}})
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    rows = {
+        "pretrain": {"text": "Anna bakes."},
+        "sft": {"prompt": "Who bakes?", "completion": "Anna."},
+        "dpo": {"prompt": "Who bakes?", "chosen": "Anna.", "rejected": "Nobody."},
+    }
+    content = {}
+    for stage, row in rows.items():
+        folder = tmp_path_factory.mktemp(stage)
+        write_jsonl(folder / "train.jsonl", [row] * 4)
+        write_jsonl(folder / "test.jsonl", [row] * 2)
+        content[stage] = {"data": {"dataset_name": str(folder), "max_rows": 20}}
+    return PipelineConfig.model_validate(content)
 
 
 def keys(config: PipelineConfig, start: Path, stages: Sequence[Stage] = STAGES) -> dict[str, str]:
@@ -123,10 +135,73 @@ def test_fields_of_the_whole_pipeline_rerun_no_stage_but_the_seed(config: Pipeli
     assert all(after[stage] != before[stage] for stage in STAGES)
 
 
-def test_a_default_that_is_written_out_is_the_same_config(config: PipelineConfig, start: Path) -> None:
-    train = config.training("pretrain").model_copy(update={"optimizer": "muon", "learning_rate": 3e-3})
-    sections = sections_of(config, "pretrain")
-    assert key_of(stage_inputs("pretrain", train, sections)) == keys(config, start)["pretrain"]
+ADAPTER = AdapterConfig(rank=4)
+SAME: list[tuple[Stage, dict[str, Any], dict[str, Any]]] = [
+    *((stage, {}, {name: value}) for stage in STAGES for name, value in STAGE_DEFAULTS[stage].items()),
+    ("sft", {"adapter": ADAPTER}, {"adapter": ADAPTER, "learning_rate": 2e-4}),
+    ("dpo", {"adapter": ADAPTER}, {"adapter": ADAPTER, "learning_rate": 1e-5}),
+    ("pretrain", {}, {"muon_learning_rate": 0.02}),
+    ("sft", {"optimizer": "muon"}, {"optimizer": "muon", "muon_learning_rate": 0.02}),
+    ("sft", {"lr_schedule": "wsd"}, {"lr_schedule": "wsd", "decay_ratio": 0.2}),
+    ("sft", {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "checkpointed_share": 1.0}),
+    ("sft", {}, {"num_epochs": 1.0}),
+    ("sft", {"max_steps": 50}, {"max_steps": 50, "warmup_steps": 5}),
+    ("dpo", {"max_steps": 9000}, {"max_steps": 9000, "warmup_steps": 150}),
+    ("sft", {}, {"micro_batch_size": 8}),
+    ("sft", {}, {"batch_size": 32, "gradient_accumulation_steps": 4}),
+    ("sft", {"batch_size": 12}, {"micro_batch_size": 4, "gradient_accumulation_steps": 3}),
+    ("sft", {"batch_size": 12}, {"batch_size": 12, "micro_batch_tokens": 4096}),
+    ("sft", {"micro_batch_size": 2}, {"gradient_accumulation_steps": 2}),  # either alone leaves the stage's batch
+]
+"""Two ways to write the same settings."""
+OTHER: list[tuple[Stage, dict[str, Any], dict[str, Any]]] = [
+    ("sft", {"learning_rate": 2e-5}, {"learning_rate": 2e-5, "adapter": ADAPTER}),
+    ("sft", {"adapter": ADAPTER, "learning_rate": 2e-5}, {"adapter": ADAPTER}),  # ten times that
+    ("sft", {"adapter": ADAPTER}, {"adapter": AdapterConfig(rank=4, continue_training=False, dropout=0.1)}),
+    (
+        "sft",
+        {"micro_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"micro_batch_size": 4, "gradient_accumulation_steps": 3},
+    ),
+    ("sft", {}, {"micro_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ("sft", {}, {"batch_size": 31}),
+    ("sft", {}, {"num_epochs": 2.0}),
+    ("sft", {}, {"max_steps": 1}),
+    ("sft", {"max_steps": 50}, {"max_steps": 50, "warmup_steps": 4}),
+    ("sft", {"max_steps": 50}, {"max_steps": 51}),
+    ("pretrain", {}, {"muon_learning_rate": 0.01}),
+    ("pretrain", {}, {"optimizer": "adamw"}),
+    ("sft", {"lr_schedule": "wsd"}, {"lr_schedule": "wsd", "decay_ratio": 0.3}),
+    ("sft", {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "checkpointed_share": 0.5}),
+]
+"""Settings that are resolved to something else."""
+
+
+def key_of_training(stage: Stage, settings: dict[str, Any], config: PipelineConfig, start: Path) -> str:
+    begins = None if stage == "pretrain" else start
+    return key_of(stage_inputs(stage, TrainingConfig(**settings), sections_of(config, stage), begins))
+
+
+@pytest.mark.parametrize(("stage", "one", "other"), SAME)
+def test_the_same_resolved_settings_are_one_key(stage: Stage, one, other, config, start) -> None:
+    for ranks in (1, 2, 3):  # and as many ranks as there are
+        resolved = [resolve(TrainingConfig(**given), stage, ranks, 1000) for given in (one, other)]
+        assert {r.batch_size for r in resolved} == {resolved[0].batch_size}
+    assert key_of_training(stage, one, config, start) == key_of_training(stage, other, config, start)
+
+
+@pytest.mark.parametrize(("stage", "one", "other"), OTHER)
+def test_other_resolved_settings_are_another_key(stage: Stage, one, other, config, start) -> None:
+    assert key_of_training(stage, one, config, start) != key_of_training(stage, other, config, start)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_settings_written_out_as_they_are_resolved_keep_the_key(stage: Stage, config, start) -> None:
+    """Whatever was left out, all at once: what `resolve` fills in is what the key is made of."""
+    for given in ({}, {"max_steps": 40}, {"adapter": ADAPTER} if stage != "pretrain" else {"lr_schedule": "wsd"}):
+        resolved = resolve(TrainingConfig(**given), stage)
+        written = {name: value for name, value in resolved.model_dump().items() if value is not None}
+        assert key_of_training(stage, given, config, start) == key_of_training(stage, written, config, start)
 
 
 def test_rows_count_and_the_name_of_their_file_does_not(config: PipelineConfig, start: Path, tmp_path: Path) -> None:

@@ -9,8 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import identical, largest_difference, logged, metric_lines, save_start, tiny_model, weights, write_jsonl
-from tolerances import LOSS, SPLIT_WEIGHT
+from helpers import (
+    identical,
+    largest_difference,
+    logged,
+    made_once,
+    metric_lines,
+    save_start,
+    tiny_model,
+    weights,
+    write_jsonl,
+)
+from tolerances import FP32_ROUNDING, LOSS, SPLIT_WEIGHT
 from transformers import PreTrainedTokenizerFast
 from two_ranks import PREFERENCES, prefer, prefer_on_both, preference_inputs
 
@@ -87,9 +97,7 @@ def test_a_run_starts_at_the_known_value_and_the_loss_falls(
 
 @pytest.fixture(scope="module")
 def two_ranks(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    prefer_on_both(folder, start)
-    return folder
+    return made_once(tmp_path_factory, "preference_ranks", lambda folder: prefer_on_both(folder, start))
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
@@ -104,7 +112,8 @@ def test_two_ranks_with_unequal_numbers_of_pairs_equal_one_rank(
     assert len(logged(tmp_path / name, "eval/kl")) == int(name == "held-out pairs")
     for line, wanted in zip(together, alone, strict=True):
         assert line.pop("run") == wanted.pop("run")
-        assert line == pytest.approx(wanted, abs=LOSS, rel=LOSS)
+        rounding = 4 * FP32_ROUNDING * max(map(abs, wanted.values()))  # a margin is made of four sums of log-probs
+        assert line == pytest.approx(wanted, abs=LOSS + rounding, rel=LOSS)
 
 
 def test_a_resumed_whole_step_run_on_two_ranks_is_bit_identical_to_a_straight_one(two_ranks: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers import largest_difference, metric_lines, weights
+from helpers import largest_difference, made_once, metric_lines, weights
 from several_ranks import UNEVEN, disagree_on_two, resume, run_on
 from tolerances import LOSS, SPLIT_WEIGHT
 from two_ranks import fine_tune, rows_file
@@ -12,9 +12,7 @@ from two_ranks import fine_tune, rows_file
 @pytest.fixture(scope="module")
 def two(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes disagreed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    disagree_on_two(folder, start)
-    return folder
+    return made_once(tmp_path_factory, "disagreeing_ranks", lambda folder: disagree_on_two(folder, start))
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ from modern_llm.config import (
 )
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.tokenizer import load_tokenizer, train_tokenizer
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import Segment, pack
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy
 from modern_llm.training.resume import first_difference
 from modern_llm.training.train_dpo import run_dpo

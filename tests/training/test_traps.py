@@ -14,6 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from condition import errors_of
 from dense import visible
 from families import GROUPED, PADDED, WINDOW, WINDOWED, families, random_model
 from helpers import (
@@ -23,6 +24,7 @@ from helpers import (
     identical,
     largest_difference,
     logged,
+    made_once,
     make_loop,
     metric_lines,
     random_examples,
@@ -45,7 +47,7 @@ from hypothesis import strategies as st
 from layouts import apart, everything, pair
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tolerances import BF16_CACHED_LOGPROB, GRADIENT, LN_2, LOSS, SPLIT_GRADIENT, SPLIT_WEIGHT, TOKEN_LOGPROB
+from tolerances import GRADIENT, LN_2, LOSS, SPLIT_GRADIENT, SPLIT_WEIGHT, TIMES_OWN_NORM, TOKEN_LOGPROB
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -73,8 +75,8 @@ from modern_llm.data.messages import Pair
 from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example, PreparedData, mixture_of
 from modern_llm.data.store import CACHE_VARIABLE
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.layout import Segment, pack
-from modern_llm.models.build import load_model
 from modern_llm.models.policy import Policy, disable_dropout, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.answers import answer_scores
@@ -158,9 +160,7 @@ def test_trap_02_the_last_partial_window_of_an_epoch_is_the_full_batch_gradient_
 @pytest.fixture(scope="module")
 def two_ranks(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two gloo processes ran a loop over two examples and an SFT run over five rows."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_both(folder, start)
-    return folder
+    return made_once(tmp_path_factory, "ranks", lambda folder: run_both(folder, start))
 
 
 @pytest.fixture(scope="module")
@@ -271,18 +271,22 @@ def with_cached_reference(policy: Policy, examples: list[Example], precision: to
     return with_reference(PreparedData(mixture_of(examples), mixture_of([])), policy, precision)[0].train
 
 
-@pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("family", sorted(families().keys() - {"phimoe"}))  # which draws its experts at random in train mode
-def test_trap_06_every_family_starts_at_ln_2_with_a_gradient(family: str, micro: int) -> None:
-    """In train mode, with dropout 0.1 in the config, and with a reference that was asked in rows of other sizes."""
+def test_trap_06_every_family_starts_at_ln_2_with_a_gradient(family: str) -> None:
+    """In train mode, with dropout 0.1 in the config, and with a reference that was asked in rows of other sizes: log-ratios are
+    0 but for what the model itself rounds."""
     model = sharpened(random_model(families(0.1)[family]), 2.0)
     disable_dropout(model)
+    slow = oracle.float64_copy(model)
+    own = [sum(sum(errors_of(slow, sample(s), torch.float32)) for s in example.segments) for example in pair_examples()]
     policy, objective = Policy(model).train(), PreferenceObjective(DPOConfig())
     examples = with_cached_reference(policy, pair_examples(), torch.float32)
-    for batch in micro_batches(examples, micro):
+    for batch in itertools.chain(micro_batches(examples, 1), micro_batches(examples, 4)):
         outcome = objective(policy, batch)
-        assert outcome.terms["sigmoid"].total.item() / len(batch.row_ids) == pytest.approx(math.log(2), abs=LN_2)
-        assert outcome.metrics["rewards/margins"].item() == pytest.approx(0.0, abs=2 * LN_2)
+        pairs = len(batch.row_ids)
+        allowed = 2 * LN_2 + TIMES_OWN_NORM * objective.config.beta * sum(own[row] for row in batch.row_ids) / pairs
+        assert outcome.metrics["rewards/margins"].item() / pairs == pytest.approx(0.0, abs=allowed)
+        assert outcome.terms["sigmoid"].total.item() / pairs == pytest.approx(math.log(2), abs=allowed / 2)
         outcome.terms["sigmoid"].total.backward()
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
 
@@ -383,16 +387,21 @@ def test_trap_08_policy_and_reference_of_every_family_agree_to_the_last_bit_in_b
 def test_trap_09_cached_logprobs_equal_live_ones_within_the_stated_tolerance(
     family: str, precision: torch.dtype, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Kernels add up in another order where a row has another number of tokens; in bf16 that shows in a wide model only."""
+    """Kernels add up in another order where a row has another number of tokens; in bf16 that shows in a wide model only. Both
+    are as far from float64 as the model itself."""
     wide = family == "wide"
     model = tiny_model(tokenizer, d_model=256, n_layers=3, n_heads=8) if wide else random_model(families()[family])
-    policy = Policy(sharpened(model, 2.0)).eval()
-    allowed = TOKEN_LOGPROB if precision == torch.float32 else BF16_CACHED_LOGPROB
+    slow = oracle.float64_copy(sharpened(model, 2.0))
+    policy = Policy(model).eval()
     for example in with_cached_reference(policy, pair_examples(12 if wide else 6), precision):
         with torch.no_grad(), autocast(precision, policy.device):
             live = answer_scores(policy, pack(example.segments))
+        allowed = TOKEN_LOGPROB * live.tokens[0]
+        if precision == torch.bfloat16:
+            own = [sum(errors_of(slow, sample(segment), precision)) for segment in example.segments]
+            allowed += TIMES_OWN_NORM * torch.tensor(own)
         for cached, now in zip(torch.from_numpy(example.reference).unbind(1), (live.whole[0], live.first[0]), strict=True):
-            assert bool(((cached - now).abs() <= allowed * live.tokens[0]).all())
+            assert bool(((cached - now).abs() <= allowed).all())
 
 
 def test_trap_10_asking_the_reference_moves_no_random_state(tokenizer: PreTrainedTokenizerFast) -> None:

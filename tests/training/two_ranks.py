@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import (
     make_loop,
     random_examples,
@@ -18,6 +17,7 @@ from helpers import (
     tiny_tokenizer,
     write_jsonl,
 )
+from processes import run_processes
 from safetensors.torch import save_file
 
 from modern_llm.config import DPOConfig, InstructionDatasetConfig, PreferenceDatasetConfig, TrainingConfig
@@ -127,12 +127,12 @@ def train_preferences(rank: int, folder: Path, start: Path) -> None:
 
 
 def run_both(folder: Path, start: Path) -> None:
-    """Train language models in two fresh processes and wait for them; an error in one is raised here."""
+    """Train language models in two processes and wait for them; an error in one is raised here."""
     rows_file(folder)
-    mp.start_processes(in_group, args=(folder, train_language, start), nprocs=2, start_method="spawn")
+    run_processes(2, in_group, folder, train_language, start)
 
 
 def prefer_on_both(folder: Path, start: Path) -> None:
     """The same with preference training."""
     preference_inputs(folder)
-    mp.start_processes(in_group, args=(folder, train_preferences, start), nprocs=2, start_method="spawn")
+    run_processes(2, in_group, folder, train_preferences, start)

@@ -1,0 +1,205 @@
+"""Weights of a model folder: all of them, under their names, or an error that names those that are not."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from modern_llm.config import UserError
+from modern_llm.config.base import one_line
+from modern_llm.config.io import read_json
+from modern_llm.foreign import INDEX
+from modern_llm.initial.architecture import UNREADABLE, quantization_of, reason_of
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch's wrappers put into names, at any place."""
+COMPUTED = ("inv_freq", "masked_bias", "cos_cached", "sin_cached", "position_ids", "causal_mask")
+"""Last parts of names of buffers that older versions of transformers saved, and that are computed from the config."""
+MAX_NAMES = 3
+"""Names in an error."""
+
+
+def load_weights(
+    name: str, folder: Path, where: str, config: PreTrainedConfig, generation: GenerationConfig | None
+) -> PreTrainedModel:
+    """Load a causal language model in fp32 from a folder or a hub id; safetensors only, no remote code.
+
+    Names may have a prefix that wrappers leave (`_orig_mod.`, `module.`, `base_model.model.` …): it is taken off where that
+    makes all of them fit. Weights in bitsandbytes' 4 bits and in mxfp4 are unpacked.
+
+    Args:
+        name: folder or hub id.
+        folder: that folder, or the snapshot of the hub's.
+        where: begins the message of an error.
+        config: of the checkpoint.
+        generation: of the checkpoint. None: it has none.
+
+    Raises:
+        UserError: a weight is missing, is left over, or has another shape than the config says, with the first names.
+    """
+    model, report = _read(name, where, config, generation, None)
+    problem, as_named = _problem(report, model, folder), True
+    for mapping in _renamings([*_shapes(folder)]) if problem else ():
+        other, report = _read(name, where, config, generation, mapping)
+        if not _problem(report, other, folder):
+            model, problem, as_named = other, None, False
+            break
+    if problem:
+        raise UserError(f"{where}: {problem}")
+    if quantization_of(config) is not None:
+        _make_plain_(model)
+        as_named = False
+    if not as_named:  # transformers 5.23 saves under the names and in the form that were loaded; so, under those of its class
+        model._weight_conversions = None  # type: ignore[assignment]
+    return model
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of a folder's tensors."""
+    index = folder / INDEX
+    files = sorted(set(read_json(index, unique=False)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    found: dict[str, list[int]] = {}
+    for file in files:
+        with safe_open(folder / file, "pt") as tensors:
+            found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 - it is no dict
+    return found
+
+
+def _read(
+    name: str,
+    where: str,
+    config: PreTrainedConfig,
+    generation: GenerationConfig | None,
+    key_mapping: dict[str, str] | None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, and what transformers' loader says of the names."""
+    device = {"device_map": {"": "cpu"}} if quantization_of(config) else {}
+    generation = generation or GenerationConfig.from_model_config(config)  # given, lest an invalid one is read from the folder
+    try:
+        with torch.random.fork_rng(), _quiet_loader():  # transformers draws the weights that are missing
+            return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value] - a pair, with output_loading_info
+                name, config=config, generation_config=generation, dtype=torch.float32, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=key_mapping,
+                **device,
+            )  # fmt: skip
+    except (OSError, SafetensorError, RuntimeError, *UNREADABLE) as error:
+        if isinstance(error, OSError) and Path(name).is_dir():
+            reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+            raise UserError(f"{where}: this folder holds no model that can be loaded: {reason}") from None
+        raise UserError(f"{where}: holds no model that can be loaded: {reason_of(error)}") from None
+
+
+@contextmanager
+def _quiet_loader() -> Iterator[None]:
+    """Keep transformers' table of names off the terminal: what it says becomes one line of ours."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _problem(report: dict[str, Any], model: PreTrainedModel, folder: Path) -> str | None:
+    """What does not fit, with the first names; None if everything does."""
+    if wrong := sorted(report["mismatched_keys"]):
+        shapes = [f"{key} ({_shape(there)}, in config.json {_shape(expected)})" for key, there, expected in wrong]
+        return (
+            f"weights of other shapes than config.json says: {_names(shapes)}: put config.json (vocab_size, hidden_size …) and "
+            f"the weights of one model into the folder"
+        )
+    missing = sorted(report["missing_keys"])
+    over = [key for key in sorted(report["unexpected_keys"]) if not _is_computed(key, folder)]
+    if report["error_msgs"]:
+        return one_line(f"holds no model that can be loaded: {report['error_msgs'][0]}", 300)
+    if not missing and not over:
+        return None
+    kind = type(model).__name__
+    parts = [f"its files lack {_names(missing)}"] if missing else []
+    parts += [f"its files hold {_names(over)}, which {kind} has not"] if over else []
+    return (
+        f"{' and '.join(parts)}: weights that are not there would be random numbers, and those left over would be lost; "
+        f"check config.json (num_hidden_layers, architectures, tie_word_embeddings) against the files"
+    )
+
+
+def _shape(size: Any) -> str:
+    return " × ".join(map(str, size))
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(keys[:MAX_NAMES]) + (f" and {len(keys) - MAX_NAMES} more" if len(keys) > MAX_NAMES else "")
+
+
+def _is_computed(key: str, folder: Path) -> bool:
+    """Whether a tensor that no class reads is a buffer which is computed: a mask, frequencies, positions."""
+    last = key.rpartition(".")[2]
+    # GPT-2 and its kin saved the causal mask, (1, 1, n, n), as `attn.bias`
+    return last in COMPUTED or (last == "bias" and len(_shapes(folder).get(key, [])) == 4)
+
+
+def _renamings(names: list[str]) -> Iterator[dict[str, str]]:
+    """Ways to take off what wrappers put before names or into them, as patterns for transformers' loader.
+
+    Args:
+        names: all that the files hold; none may become another's.
+    """
+    inner = {rf"(^|\.){wrapper}\.": r"\1" for wrapper in WRAPPERS}
+    shared = _shared_parts(sorted(names))
+    tried = [{rf"^{re.escape('.'.join(shared[:count]))}\.": "", **inner} for count in range(len(shared), 0, -1)]
+    for mapping in (inner, *tried):
+        renamed = list(names)
+        for pattern, replacement in mapping.items():
+            renamed = [re.sub(pattern, replacement, key) for key in renamed]
+        if renamed != names and len(set(renamed)) == len(names):
+            yield mapping
+
+
+def _shared_parts(names: list[str]) -> list[str]:
+    """Leading parts that all names have in common, of sorted ones the first and the last."""
+    first, last = (names[at].split(".")[:-1] if names else [] for at in (0, -1))
+    return [part for at, part in enumerate(first) if first[: at + 1] == last[: at + 1]]
+
+
+@torch.no_grad()
+def _make_plain_(model: PreTrainedModel) -> None:
+    """Put fp32 layers in place of bitsandbytes' 4-bit ones, with the weights that their codes stand for; forget the packing."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    from modern_llm.models.nf4 import unpacked
+
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Linear4bit)]:
+        state = layer.weight.quant_state  # type: ignore[attr-defined]
+        state.dtype = torch.float32
+        weight = unpacked(layer.weight.data, state)
+        turned = getattr(layer, "source_cls", None) is Conv1D  # which transformers 5.23 packs as (out, in)
+        plain: nn.Module
+        if turned:
+            plain = Conv1D(layer.out_features, layer.in_features)
+        else:
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight.T.contiguous() if turned else weight)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.float())
+        model.set_submodule(name, plain)
+    model.requires_grad_(True)
+    for attribute in (
+        "quantization_method",
+        "hf_quantizer",
+        "is_loaded_in_4bit",
+        "is_quantized",
+        "_is_quantized_training_enabled",
+    ):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # type: ignore[attr-defined]
