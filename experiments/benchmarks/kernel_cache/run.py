@@ -85,8 +85,14 @@ def measure(kind: str, steps: int) -> dict[str, Any]:
 
     steady_memory()
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen3Config(vocab_size=WORDS, intermediate_size=512, head_dim=48, tie_word_embeddings=True, **shape)
+    shape: dict[str, Any] = {
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
+    }
+    config = Qwen3Config(vocab_size=WORDS, intermediate_size=512, tie_word_embeddings=True, **shape)
     policy = Policy(AutoModelForCausalLM.from_config(config))
     policy.train()
     precision, _ = choose_precision("auto", policy.device)
