@@ -44,4 +44,4 @@ class AdapterConfig(StrictModel):
         names = value.split(",") if isinstance(value, str) and value != "all-linear" else value
         if isinstance(names, list | tuple) and not all(isinstance(name, str) and name for name in names or [""]):
             raise ValueError(f"must be all-linear, or the ends of layers' names such as [q_proj, v_proj] (got {value!r})")
-        return tuple(names) if isinstance(names, list) else names
+        return tuple(sorted(set(names))) if isinstance(names, list | tuple) else names

@@ -13,7 +13,7 @@ from modern_llm.checkpoint import DamagedError, read_manifest, sha256_of_file, v
 from modern_llm.config import UserError
 from modern_llm.config.paths import expanded
 from modern_llm.data.tokenizer import load_tokenizer, read_tokenizer, tokenizer_fingerprint, with_chat_template
-from modern_llm.foreign import check_settings
+from modern_llm.foreign import INDEX, check_settings
 from modern_llm.hub import commit_of, hub
 from modern_llm.initial.architecture import read_architecture
 from modern_llm.initial.generation import read_generation
@@ -209,6 +209,8 @@ def read_initial(checkpoint: Path | str, field: str = "checkpoint") -> InitialCh
             ) from None
         manifest = read_manifest(folder)
         if is_adapter(folder):
+            if any((folder / file).is_file() for file in ("model.safetensors", INDEX)):
+                raise UserError(f"{field}={name!r}: holds a model and adapters: move one of them into a folder of its own")
             base = read_initial(base_of(folder, field), field)
             generation, notes = read_generation(folder)
             return InitialCheckpoint(

@@ -71,7 +71,7 @@ def open_checkpoint(
     below = _below(initial, adapter)
     model = initial.load(below)
     if below is not None and below.obstacle:
-        raise _no_sum(initial, below.obstacle)
+        raise _no_sum(initial, below.obstacle, "DoRA" in below.obstacle or "rounded" in below.obstacle)
     check_contract(initial.manifest, model, tokenizer, initial.where)
     tokens = template_tokens(tokenizer)
     untrained = untrained_tokens(model, tokens, known)
@@ -101,17 +101,18 @@ def _below(initial: InitialCheckpoint, adapter: AdapterConfig | None) -> Adapter
     if adapter is None or initial.base is None:
         return None
     if adapter.kind != "lora":
-        raise _no_sum(initial, f"this is exact for plain LoRA, and not for adapter.kind={adapter.kind!r}")
+        raise _no_sum(initial, f"this is exact for plain LoRA, and not for adapter.kind={adapter.kind!r}", True)
     if adapter.quantize is not None:
-        raise _no_sum(initial, f"the weights would be rounded anew, with them in it (adapter.quantize={adapter.quantize!r})")
+        reason = f"the weights would be rounded anew, with them in it (adapter.quantize={adapter.quantize!r})"
+        raise _no_sum(initial, reason, True)
     return AdaptersBelow()
 
 
-def _no_sum(initial: InitialCheckpoint, reason: str) -> UserError:
+def _no_sum(initial: InitialCheckpoint, reason: str, can_continue: bool) -> UserError:
+    first = "set adapter.continue_training: true to go on with them, or " if can_continue else ""
     return UserError(
         f"{initial.where} holds adapters, and new ones on them cannot be saved as one adapter that loads elsewhere: {reason}: "
-        f"set adapter.continue_training: true to go on with them, or begin from the folder that `modern-llm export "
-        f"{initial.name} --output-dir FOLDER --dtype fp32` writes"
+        f"{first}begin from the folder that `modern-llm export {initial.name} --output-dir FOLDER --dtype fp32` writes"
     )
 
 

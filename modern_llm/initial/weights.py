@@ -1,11 +1,12 @@
 """Weights of a model folder: all of them, under their names, or an error that names those that are not."""
 
+import copy
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,7 @@ from modern_llm.config import UserError
 from modern_llm.config.base import one_line
 from modern_llm.config.io import read_json
 from modern_llm.foreign import INDEX
-from modern_llm.initial.architecture import UNREADABLE, quantization_of, reason_of
+from modern_llm.initial.architecture import BNB_4BIT, UNREADABLE, quantization_of, reason_of
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch's wrappers put into names, at any place."""
@@ -45,11 +46,15 @@ def load_weights(
     Raises:
         UserError: a weight is missing, is left over, or has another shape than the config says, with the first names.
     """
+    if quantization_of(config) == BNB_4BIT and not any(".quant_state." in key for key in _tensors(folder, where)):
+        config = copy.deepcopy(config)  # a model that was unpacked, and whose config was not
+        del config.quantization_config  # type: ignore[attr-defined]
     model, report = _read(name, where, config, generation, None)
-    problem, as_named = _problem(report, model, folder), True
-    for mapping in _renamings([*_shapes(folder)]) if problem else ():
+    tensors = _tensors(folder, where)
+    problem, as_named = _problem(report, model, tensors), True
+    for mapping in _renamings([*tensors]) if problem else ():
         other, report = _read(name, where, config, generation, mapping)
-        if not _problem(report, other, folder):
+        if not _problem(report, other, tensors):
             model, problem, as_named = other, None, False
             break
     if problem:
@@ -57,19 +62,37 @@ def load_weights(
     if quantization_of(config) is not None:
         _make_plain_(model)
         as_named = False
+    elif whole := [key for key, tensor in tensors.items() if tensor.dtype[0] in "IU" and not _is_computed(key, tensors)]:
+        raise UserError(
+            f"{where}: {_names(whole)}: whole numbers, which no weights are: begin from the model that is not packed"
+        )
+    tables = [table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    if len(tables) == 2 and tables[0] is not tables[1]:  # or new rows would tie them, and the file's head be lost
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     if not as_named:  # transformers 5.23 saves under the names and in the form that were loaded; so, under those of its class
         model._weight_conversions = None  # type: ignore[assignment]
     return model
 
 
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of a folder's tensors."""
-    index = folder / INDEX
-    files = sorted(set(read_json(index, unique=False)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    found: dict[str, list[int]] = {}
-    for file in files:
-        with safe_open(folder / file, "pt") as tensors:
-            found |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 - it is no dict
+class _Tensor(NamedTuple):
+    shape: list[int]
+    dtype: str
+    """As safetensors has it: F32, BF16, I8 …"""
+
+
+def _tensors(folder: Path, where: str) -> dict[str, _Tensor]:
+    """What a folder's files hold, by name."""
+    files: Any = ["model.safetensors"]  # which transformers prefers
+    if not (folder / files[0]).is_file() and (folder / INDEX).is_file():
+        files = set(read_json(folder / INDEX, unique=False).get("weight_map", {}).values())
+    found: dict[str, _Tensor] = {}
+    try:
+        for file in sorted(files):
+            with safe_open(folder / file, "pt") as tensors:
+                slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - it is no dict
+                found |= {key: _Tensor(part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{where}: this folder holds no model that can be loaded: {one_line(str(error), 300)}") from None
     return found
 
 
@@ -109,7 +132,7 @@ def _quiet_loader() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _problem(report: dict[str, Any], model: PreTrainedModel, folder: Path) -> str | None:
+def _problem(report: dict[str, Any], model: PreTrainedModel, tensors: dict[str, _Tensor]) -> str | None:
     """What does not fit, with the first names; None if everything does."""
     if wrong := sorted(report["mismatched_keys"]):
         shapes = [f"{key} ({_shape(there)}, in config.json {_shape(expected)})" for key, there, expected in wrong]
@@ -118,7 +141,7 @@ def _problem(report: dict[str, Any], model: PreTrainedModel, folder: Path) -> st
             f"the weights of one model into the folder"
         )
     missing = sorted(report["missing_keys"])
-    over = [key for key in sorted(report["unexpected_keys"]) if not _is_computed(key, folder)]
+    over = [key for key in sorted(report["unexpected_keys"]) if not _is_computed(key, tensors)]
     if report["error_msgs"]:
         return one_line(f"holds no model that can be loaded: {report['error_msgs'][0]}", 300)
     if not missing and not over:
@@ -140,11 +163,11 @@ def _names(keys: list[str]) -> str:
     return ", ".join(keys[:MAX_NAMES]) + (f" and {len(keys) - MAX_NAMES} more" if len(keys) > MAX_NAMES else "")
 
 
-def _is_computed(key: str, folder: Path) -> bool:
+def _is_computed(key: str, tensors: dict[str, _Tensor]) -> bool:
     """Whether a tensor that no class reads is a buffer which is computed: a mask, frequencies, positions."""
     last = key.rpartition(".")[2]
     # GPT-2 and its kin saved the causal mask, (1, 1, n, n), as `attn.bias`
-    return last in COMPUTED or (last == "bias" and len(_shapes(folder).get(key, [])) == 4)
+    return last in COMPUTED or (last == "bias" and key in tensors and len(tensors[key].shape) == 4)
 
 
 def _renamings(names: list[str]) -> Iterator[dict[str, str]]:

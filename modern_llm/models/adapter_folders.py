@@ -23,7 +23,8 @@ from modern_llm.checkpoint import read_manifest, sha256_of_file
 from modern_llm.config import AdapterConfig, UserError
 from modern_llm.config.base import one_line
 from modern_llm.config.io import read_json
-from modern_llm.models.adapter_sum import PREFIX, AdaptersBelow, own_part
+from modern_llm.config.paths import expanded
+from modern_llm.models.adapter_sum import INITS, PREFIX, AdaptersBelow, own_part
 from modern_llm.models.adapters import NAME
 from modern_llm.models.build import grow_vocabulary
 from modern_llm.models.peft_names import peft_without_bitsandbytes
@@ -71,10 +72,18 @@ def saved_adapter(folder: Path, where: str) -> AdapterConfig:
     kinds = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     strange = next((name for name in shapes if not name.endswith(kinds)), None)
     other = next((name for name, shape in shapes.items() if "lora_A" in name and shape[0] != rank), None)
-    odd = next((name for name in _CHANGES_MORE if settings.get(name) not in (None, False, [], {}, "none")), None)
+    start = settings.get("init_lora_weights")
+    odd = (
+        "init_lora_weights"
+        if start not in INITS
+        else next((name for name in _CHANGES_MORE if settings.get(name) not in (None, False, [], {}, "none")), None)
+    )
     if settings.get("peft_type") != "LORA" or strange or other or odd or not isinstance(scale, int | float):
         reason = strange or other or odd or f"peft_type={settings.get('peft_type')!r}"
-        raise UserError(f"{where} holds more than adapters of one rank and scale ({reason}): leave continue_training out")
+        raise UserError(
+            f"{where} holds more than adapters of one rank and scale ({reason}): begin from the folder that `modern-llm "
+            f"export` makes of it, and leave continue_training out"
+        )
     layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in shapes}
     return AdapterConfig(
         kind="dora" if settings.get("use_dora") else "lora",
@@ -125,8 +134,11 @@ def save_adapter(
     if base.below is not None:
         scale = settings["lora_alpha"] / settings["r"]
         weights, layers, rank = base.below.with_own(weights, scale)
-        modules = [layer for layer in layers if f"{layer}.weight" not in (settings["target_parameters"] or ())]
+        parameters = {*(settings["target_parameters"] or ()), *base.below.parameters}
+        modules = [layer for layer in layers if f"{layer}.weight" not in parameters]
         settings |= {"target_modules": modules, "r": rank, "lora_alpha": scale * rank}
+        if parameters:  # peft loads these without dropout only
+            settings |= {"target_parameters": sorted(parameters), "lora_dropout": 0.0}
     save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     settings["base_model_name_or_path"] = base.checkpoint if local is None else str(local)
     settings["inference_mode"] = True
@@ -174,6 +186,7 @@ def _named_base(folder: Path, field: str) -> Path | str:
     name = read_json(folder / SETTINGS, SETTINGS, unique=False).get("base_model_name_or_path")
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"{where}: {SETTINGS} does not say which model its adapters belong to: set base_model_name_or_path")
+    name = expanded(name, f"{where}: base_model_name_or_path")
     manifest = read_manifest(folder) or {}
     moved_along = (manifest.get("adapter") or {}).get("base")
     # older folders of ours name their base relative to themselves, and it is what they were trained from

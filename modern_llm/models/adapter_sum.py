@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways in which peft (0.21) begins a LoRA that leave the model under it as it is; PiSSA, OLoRA, LoftQ and others do not."""
 PREFIX = "base_model.model."
 """What peft puts before the names of layers in its files."""
 
@@ -25,6 +28,8 @@ class AdaptersBelow:
     """Hash of the model under all of them."""
     quantize: str | None = None
     """How that was rounded when the first of them was trained."""
+    parameters: set[str] = field(default_factory=set)
+    """Weights of layers that peft reaches as parameters alone."""
 
     def add(self, wrapped: Any, quantize: str | None) -> None:
         """Take the factors of the adapters in a peft model, before they are merged.
@@ -43,6 +48,8 @@ class AdaptersBelow:
             return
         for layer, module in wrapped.base_model.model.named_modules():
             if hasattr(module, "lora_A") and name in module.lora_A:
+                if hasattr(module, "parameter_name"):
+                    self.parameters.add(f"{layer}.{module.parameter_name}")
                 a = module.lora_A[name].weight.detach().float().clone()
                 b = module.lora_B[name].weight.detach().float() * module.scaling[name]
                 if layer in self.factors:
@@ -93,7 +100,9 @@ def _obstacle(wrapped: Any, name: str) -> str | None:
     """Why a peft model's adapter is no plain LoRA."""
     config = wrapped.peft_config[name]
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        return f"one of them is {config.peft_type}, no LoRA"
+        return f"one of them is {getattr(config.peft_type, 'value', config.peft_type)}, no LoRA"
+    if config.init_lora_weights not in INITS:
+        return f"one of them changes the weights under it (init_lora_weights={config.init_lora_weights!r})"
     for module_name, module in wrapped.base_model.model.named_modules():
         if hasattr(module, "modules_to_save") or hasattr(module, "token_adapter"):
             return f"one of them has weights of its own for {module_name} (modules_to_save or trainable tokens)"
@@ -102,6 +111,7 @@ def _obstacle(wrapped: Any, name: str) -> str | None:
         variant = getattr(module, "lora_variant", {}).get(name)
         if variant is not None:
             return f"one of them is a {'DoRA' if config.use_dora else type(variant).__name__}, whose change is no product B A"
-        if len(module.lora_embedding_A) or module.lora_bias.get(name) or hasattr(module, "parameter_name"):
+        is_layer = isinstance(module.get_base_layer(), nn.Linear | Conv1D)
+        if not is_layer or module.lora_bias.get(name) or getattr(module, "parameter_name", "weight") != "weight":
             return f"one of them is on {module_name}, which is no linear layer, or has a bias"
     return None if config.bias == "none" else f"one of them trains biases (bias={config.bias!r})"

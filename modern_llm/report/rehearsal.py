@@ -138,7 +138,8 @@ def rehearse(stage: Stage, arguments: dict[str, Any], folder: Path) -> Rehearsed
     if done.returncode == -9 or "torch.OutOfMemoryError" in done.stderr or "not enough memory" in done.stderr:
         raise RehearsalTooLargeError
     if done.returncode == 2:
-        raise UserError(done.stderr.strip().removeprefix("error: "))
+        said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise UserError("\n".join(said))
     if done.returncode:
         raise RuntimeError(f"the rehearsal of {stage} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith(FOUND))

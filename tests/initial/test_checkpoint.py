@@ -248,7 +248,8 @@ def test_an_adapter_over_a_table_that_it_made_larger_loads_with_its_rows(tokeniz
         ({"num_return_sequences": 3}, {}, ["num_return_sequences"]),
         ({"max_new_tokens": 0}, {}, ["max_new_tokens"]),
         ({"cache_implementation": "no such"}, {}, ["cache_implementation"]),
-        ({"do_sample": True, "temperature": "hot"}, {"do_sample": True}, []),
+        ({"do_sample": True, "temperature": "hot"}, {"do_sample": True}, ["temperature"]),
+        ({"do_sample": True, "min_p": 2, "top_k": -1}, {"do_sample": True}, ["min_p", "top_k"]),
         ({"pad_token_id": -1, "repetition_penalty": 1.3}, {"repetition_penalty": 1.3}, ["pad_token_id"]),
     ],
 )
