@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
 """Environment variables of oneDNN itself and of ideep, through which torch calls it: for how many shapes of products a compiled
-kernel is kept, about 1.2 MB each. A step of preference rows needs some 90; ideep keeps what oneDNN has already, for each thread.
+kernel is kept, about 1.2 MB each. A step of preference rows needs some 90; ideep keeps again what oneDNN has, for each thread.
 Over 300 steps of documents memory grew by 0.7 % from step 100 on, to 1.03 times that of 64 in both (`make bench-kernel-cache`);
 256 took 1.2 times as much, and grew by 4 %."""
 
