@@ -157,7 +157,7 @@ def model_draws(model: PreTrainedModel) -> bool:
     """Whether two passes in train mode differ: some routers draw their experts."""
     with torch.no_grad(), torch.random.fork_rng():
         model.train()
-        passes = [model(input_ids=PROBE, use_cache=False).logits for _ in range(4)]
+        passes = [model(input_ids=PROBE, use_cache=False).logits for _ in range(16)]
         model.eval()
     return not all(torch.equal(one, passes[0]) for one in passes)
 

@@ -9,17 +9,14 @@ from family_training import check_training
 from transformers import PreTrainedTokenizerFast
 
 TRAINED = (
-    "qwen2_moe",  # experts beside dense layers and shared ones
-    "deepseek_v3",  # latent attention; experts whose names in the file are others
-    "longcat_flash",  # experts that do nothing; two attentions in a layer
+    "longcat_flash",  # latent attention, two of it in a layer; experts, some of which do nothing
     "glm_moe_dsa",  # sparse attention by an indexer
     "minimax_m3_vl_text",  # sparse attention by blocks
     "inkling_text",  # relative positions in the attention
-    "mamba2",
     "falcon_h1",  # attention and Mamba side by side
     "nemotron_h",  # layers that are attention, Mamba, experts or dense
     "zamba",  # layers that share their weights
-    "rwkv",
+    "rwkv",  # changes its weights when it is not training
     "qwen3_5",  # gated delta rule; a config inside a config
     "gemma4_text",  # sizes that differ by layer, keys from layers before
     "gemma3",  # with images
