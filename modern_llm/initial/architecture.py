@@ -9,7 +9,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line, shown
 
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, AssertionError, StrictDataclassError)
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 """What transformers 5.x raises for settings that are no model's, and for a model that brings code of its own."""
 BNB_4BIT, MXFP4 = "bitsandbytes 4-bit", "mxfp4"
 """Quantizations that are unpacked: by us, and by transformers as it loads (gpt-oss)."""

@@ -117,6 +117,10 @@ def _read(
         if isinstance(error, OSError) and Path(name).is_dir():
             reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
             raise UserError(f"{where}: this folder holds no model that can be loaded: {reason}") from None
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{where}: the hub did not give a model of that name ({type(error).__name__}): {reason_of(error)}"
+            ) from None
         raise UserError(f"{where}: holds no model that can be loaded: {reason_of(error)}") from None
 
 

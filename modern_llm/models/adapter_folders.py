@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -246,16 +246,16 @@ def merge(base: PreTrainedModel, folder: Path, field: str, below: AdaptersBelow 
         from modern_llm.models.nf4 import round_to_nf4_
 
         round_to_nf4_(base)
-    _grow_as_saved(base, folder)
     with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws weights before it has read them
         warnings.simplefilter("ignore")
         try:
+            _grow_as_saved(base, folder)
             wrapped = _wrapped(base, folder)
             if below is not None:
                 below.add(wrapped, quantize)
             merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
-        except (ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            reason = one_line(f"{type(error).__name__}: {error}", 300)
             raise UserError(f"{where}: these adapters do not fit the model under them: {reason}") from None
     return merged.requires_grad_(True)
 

@@ -330,7 +330,7 @@ def refuse_random_training(policy: Policy) -> None:
     """Check that a policy gives the same in train mode as in eval mode, as preference training needs once dropout is off.
 
     Raises:
-        UserError: it draws at random all the same (PhiMoE samples its experts, Persimmon reads its dropout from the config).
+        UserError: it draws at random all the same (Persimmon reads its dropout from the config).
     """
     row = check_row(policy.model).to(policy.device)
     was_training = policy.training

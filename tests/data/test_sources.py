@@ -537,7 +537,7 @@ refused(lambda: load_model(NAME, "sft_checkpoint"))
     ids=["told to stay offline", "nobody answers"],
 )
 def test_a_hub_name_without_a_network_is_refused_soon(tmp_path, questions, environment) -> None:
-    """A closed port stands for no network. The limit is only there to find `huggingface_hub`'s retries, 24 s for each name; what
+    """A closed port stands for no network. The limit is only there to find the retries of `huggingface_hub`, 24 s a name; what
     is imported takes 5 s on an idle machine."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     command = [sys.executable, "-c", f"NAME = {NO_SUCH!r}{questions}"]

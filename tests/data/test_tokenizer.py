@@ -8,9 +8,9 @@ from helpers import SENTENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from modern_llm.checkpoint import write_manifest
+from modern_llm.checkpoint import read_manifest, write_manifest
 from modern_llm.config import UserError
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.tokenizer import (
@@ -19,12 +19,12 @@ from modern_llm.data.tokenizer import (
     TURN_END,
     TURN_START,
     TextEncoder,
-    checkpoint_tokenizer,
     load_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,
     with_chat_template,
 )
+from modern_llm.initial.checkpoint import InitialCheckpoint
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -237,6 +237,12 @@ def checkpoint(tokenizer, tmp_path) -> Path:
     tokenizer.save_pretrained(folder)
     write_manifest(folder, {"tokenizer_name": "no-such-org/out-of-reach"})
     return folder
+
+
+def checkpoint_tokenizer(folder: Path, asked: str | None, field: str) -> tuple[PreTrainedTokenizerFast, str]:
+    """The tokenizer that a run from a folder has, and its recorded name."""
+    initial = InitialCheckpoint(str(folder), field, folder, read_manifest(folder), None, PreTrainedConfig(), None)
+    return initial.tokenizer(asked)[:2]
 
 
 @pytest.mark.parametrize("named", [None, "no-such-org/out-of-reach", "the folder itself"])
