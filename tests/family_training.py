@@ -99,6 +99,9 @@ def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The unwrapped model without a cache, whose states some families write in place."""
     model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # the row of a token that a config calls padding learns like any other
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = False
     return model

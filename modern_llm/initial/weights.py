@@ -2,8 +2,7 @@
 
 import copy
 import logging
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,12 +48,14 @@ def load_weights(
     if quantization_of(config) == BNB_4BIT and not any(".quant_state." in key for key in _tensors(folder, where)):
         config = copy.deepcopy(config)  # a model that was unpacked, and whose config was not
         del config.quantization_config  # type: ignore[attr-defined]
-    model, report = _read(name, where, config, generation, None)
     tensors = _tensors(folder, where)
+    model, report = _read(AutoModelForCausalLM, name, where, config, generation)
     problem, as_named = _problem(report, model, tensors), True
-    for mapping in _renamings([*tensors]) if problem else ():
-        other, report = _read(name, where, config, generation, mapping)
+    for names in _renamings([*tensors]) if problem else ():
+        renamed = {new: tensors[old].values for old, new in names.items()}
+        other, report = _read(type(model), None, where, config, generation, state_dict=renamed)
         if not _problem(report, other, tensors):
+            other.name_or_path = name
             model, problem, as_named = other, None, False
             break
     if problem:
@@ -62,7 +63,7 @@ def load_weights(
     if quantization_of(config) is not None:
         _make_plain_(model)
         as_named = False
-    elif whole := [key for key, tensor in tensors.items() if tensor.dtype[0] in "IU" and not _is_computed(key, tensors)]:
+    elif whole := _packed_by_others(tensors, model):
         raise UserError(
             f"{where}: {_names(whole)}: whole numbers, which no weights are: begin from the model that is not packed"
         )
@@ -74,10 +75,19 @@ def load_weights(
     return model
 
 
+def _packed_by_others(tensors: Mapping[str, "_Tensor"], model: nn.Module) -> list[str]:
+    """Names of whole numbers in the files that the model has as weights, and not as a table of its own (`tid2eid`)."""
+    own = {name.rpartition(".")[2] for name, value in model.state_dict().items() if not value.is_floating_point()}
+    whole = [key for key, tensor in tensors.items() if tensor.dtype[0] in "IU" and not _is_computed(key, tensors)]
+    return [key for key in whole if key.rpartition(".")[2] not in own]
+
+
 class _Tensor(NamedTuple):
     shape: list[int]
     dtype: str
     """As safetensors has it: F32, BF16, I8 …"""
+    values: Any
+    """A slice of safetensors, of which nothing is read yet."""
 
 
 def _tensors(folder: Path, where: str) -> dict[str, _Tensor]:
@@ -90,31 +100,40 @@ def _tensors(folder: Path, where: str) -> dict[str, _Tensor]:
         for file in sorted(files):
             with safe_open(folder / file, "pt") as tensors:
                 slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - it is no dict
-                found |= {key: _Tensor(part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+                found |= {key: _Tensor(part.get_shape(), part.get_dtype(), part) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{where}: this folder holds no model that can be loaded: {one_line(str(error), 300)}") from None
     return found
 
 
 def _read(
-    name: str,
+    loader: Any,
+    name: str | None,
     where: str,
     config: PreTrainedConfig,
     generation: GenerationConfig | None,
-    key_mapping: dict[str, str] | None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model, and what transformers' loader says of the names."""
+    """A model, and what transformers' loader says of the names.
+
+    Args:
+        loader: a class of transformers with `from_pretrained`.
+        name: folder or hub id. None: the tensors are in the options, as `state_dict`.
+        where: begins the message of an error.
+        config: of the checkpoint.
+        generation: of the checkpoint. None: it has none.
+        options: of the loader.
+    """
     device = {"device_map": {"": "cpu"}} if quantization_of(config) else {}
     generation = generation or GenerationConfig.from_model_config(config)  # given, lest an invalid one is read from the folder
     try:
         with torch.random.fork_rng(), _quiet_loader():  # transformers draws the weights that are missing
-            return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value] - a pair, with output_loading_info
+            return loader.from_pretrained(
                 name, config=config, generation_config=generation, dtype=torch.float32, use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, key_mapping=key_mapping,
-                **device,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **device, **options,
             )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError, *UNREADABLE) as error:
-        if isinstance(error, OSError) and Path(name).is_dir():
+        if isinstance(error, OSError) and (name is None or Path(name).is_dir()):
             reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
             raise UserError(f"{where}: this folder holds no model that can be loaded: {reason}") from None
         if isinstance(error, OSError):
@@ -167,7 +186,7 @@ def _names(keys: list[str]) -> str:
     return ", ".join(keys[:MAX_NAMES]) + (f" and {len(keys) - MAX_NAMES} more" if len(keys) > MAX_NAMES else "")
 
 
-def _is_computed(key: str, tensors: dict[str, _Tensor]) -> bool:
+def _is_computed(key: str, tensors: Mapping[str, _Tensor]) -> bool:
     """Whether a tensor that no class reads is a buffer which is computed: a mask, frequencies, positions."""
     last = key.rpartition(".")[2]
     # GPT-2 and its kin saved the causal mask, (1, 1, n, n), as `attn.bias`
@@ -175,20 +194,17 @@ def _is_computed(key: str, tensors: dict[str, _Tensor]) -> bool:
 
 
 def _renamings(names: list[str]) -> Iterator[dict[str, str]]:
-    """Ways to take off what wrappers put before names or into them, as patterns for transformers' loader.
+    """Ways to take off what wrappers put before names or into them: {name: name without it}.
 
     Args:
         names: all that the files hold; none may become another's.
     """
-    inner = {rf"(^|\.){wrapper}\.": r"\1" for wrapper in WRAPPERS}
     shared = _shared_parts(sorted(names))
-    tried = [{rf"^{re.escape('.'.join(shared[:count]))}\.": "", **inner} for count in range(len(shared), 0, -1)]
-    for mapping in (inner, *tried):
-        renamed = list(names)
-        for pattern, replacement in mapping.items():
-            renamed = [re.sub(pattern, replacement, key) for key in renamed]
-        if renamed != names and len(set(renamed)) == len(names):
-            yield mapping
+    for count in (0, *range(len(shared), 0, -1)):
+        before = "".join(f"{part}." for part in shared[:count])
+        inner = {key: ".".join(part for part in key[len(before) :].split(".") if part not in WRAPPERS) for key in names}
+        if [*inner.values()] != names and len({*inner.values()}) == len(names):
+            yield inner
 
 
 def _shared_parts(names: list[str]) -> list[str]:

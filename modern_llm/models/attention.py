@@ -43,6 +43,11 @@ def attention_layout(row: PackedRow, dtype: torch.dtype, kernel: Kernel) -> Grid
     return lay_grids(row)
 
 
+WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "output_attentions", "output_router_logits", "is_causal")
+"""Arguments of attention that change nothing in a packed row. Whatever else a model passes (relative positions, blocks of a
+sparse attention) would be lost, so such a model runs padded."""
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -76,6 +81,8 @@ def packed_attention(
         (1, T, H, D), and None for the weights.
     """
     assert query.shape[0] == 1, "packed attention takes one row"
+    if more := sorted(name for name, value in kwargs.items() if value is not None and name not in WITHOUT_EFFECT):
+        raise NotImplementedError(f"its attention depends on {', '.join(more)}, which packed rows do not know")
     window = sliding_window if attention_mask is None else attention_mask
     scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     implementation: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]

@@ -157,10 +157,9 @@ class Policy(nn.Module):
         segments = check_segments(self.model) if given is None else given
         row = pack(segments).to(self.device)
         with self._as_it_came():
-            wanted = self._all_own_logprobs(segments)
+            wanted = self._all_own_logprobs(segments, is_first=given is None)
             is_last = self.plain_head
             if given is None:
-                refuse_seeing_ahead(self.model)
                 is_last = self._projection_is_last(torch.from_numpy(segments[0].ids))
         heads = (True, False) if is_last else (False,)
         reasons = {}
@@ -226,17 +225,19 @@ class Policy(nn.Module):
         """Share of tokens that may differ by rounding alone."""
         return FLIPPED_SHARE if any("expert" in name for name, _ in self.model.named_modules()) else 0.0
 
-    def _all_own_logprobs(self, segments: Sequence[Segment]) -> Tensor:
-        """`_own_logprobs` of each, one after the other.
+    def _all_own_logprobs(self, segments: Sequence[Segment], is_first: bool) -> Tensor:
+        """Return `_own_logprobs` of each; the first time, check that no token sees later ones.
 
         Raises:
-            UserError: the model's own code fails on them, or they are not finite.
+            UserError: the model sees later tokens, its own code fails on them, or they are not finite.
         """
         name = type(self.model).__name__
         try:
+            if is_first:
+                refuse_seeing_ahead(self.model)
             found = torch.cat([self._own_logprobs(segment) for segment in segments])
         except Exception as error:  # whatever a model's own code stumbles over
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError | UserError):
                 raise
             on = sorted({name.rpartition(".")[2] for name, m in self.model.named_modules() if hasattr(m, "lora_variant")})
             adapters = f" with adapters on {', '.join(on)}" if on else ""
