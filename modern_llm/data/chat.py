@@ -1,36 +1,30 @@
-"""Chats as token ids, built part by part: what is template, what is content and what counts is known by construction.
+"""Chats as token ids: those of `apply_chat_template`, with a border where each answer begins.
 
-The template is rendered once for each order of roles, with a marker in place of every content. The text between markers is
-template and is encoded with control tokens; contents are encoded as plain text and put back. So no search in text or ids is
-needed to find the assistant's words, no user can write a control token, and generation sees the very ids that training saw.
+A plan is made once for each shape of a chat: what the template writes, and where the words go. Text between two control tokens
+is encoded as a whole, words and template together, as it is when the rendered chat is encoded at once; only where an answer
+begins, behind the generation prompt, the text is cut, because there generation begins too. Words never become control tokens.
 """
 
 import functools
+import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
-from modern_llm.config.base import one_line
+from modern_llm.data.answers import Answer, end_of_turn, find_answers
 from modern_llm.data.messages import Chat, Message, RowError
+from modern_llm.data.template import MARK, WORDS, ChatTemplate, Shape, common_length
 from modern_llm.data.tokenizer import TextEncoder
 
-# Private-use characters, which no template contains, in a space that no template writes: it is gone where the template strips.
-_SPACE = "\u2003"
-_MARKER = re.compile(f"({_SPACE}?)\ue000aB(\\d+)\ue001({_SPACE}?)")
-SPECIAL = ("\n", "</think>")
-"""Text inside contents that templates are known to treat specially; reasoning templates take thoughts out of earlier turns."""
-FIXED_DAY = "{%- macro strftime_now(format) -%}2024-07-26{%- endmacro -%}"
-"""What stands before a template that asks for today's date (gpt-oss, Llama 3.1): tokens must not depend on when they are made.
-A macro, because transformers 5.x turns functions among the template's arguments into text."""
-_TEMPLATE_FAILS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template's own mistakes raise: it is a program of somebody else's."""
-HARMLESS = ("Hello there", "Good morning.", "Thank you", "Bye.")
+PROBES = (
+    "What is rain?", 'It is:\n\n1. "wet" & <b>cold</b>\n2. C\\d', "Sure?", "```py\nx = 1\n```", " spaced out \n", "\nYes: 42",
+    "Tab\there.\n\n\nDone:", "Why \u2014 \u03b1, \u5317\u4eac?", '{"a": [1]} # and', "12 END.",
+)  # fmt: skip
+"""Words with which a template is tried before it is trusted: what merges with line breaks, is escaped, stripped or changed."""
 
 
 @dataclass(frozen=True)
@@ -40,29 +34,58 @@ class ChatPart:
     ids: Sequence[int]
     scored: bool
     is_words: bool = False
-    """It came from the row: content or a call, not what the template writes around them."""
+    """It holds words of the row, not only what the template writes around them."""
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where a message's content goes."""
+class Stretch:
+    """Text between two control tokens, or from a border on, with words in it."""
 
-    message: int
-    before: str
-    """Spaces of the template that are encoded with the content, as they would be in one text."""
-    after: str
-    strip_left: bool
-    """The template takes spaces off the content's left side."""
-    strip_right: bool
-    scored: bool
+    pieces: tuple[str | int, ...]
+    """What the template writes, and numbers of words."""
+    scored: tuple[bool, ...]
+    """Whether each piece counts."""
+    continues: bool
+    """It goes on from the text before it."""
 
-    def fill(self, content: str) -> str:
-        content = content.lstrip() if self.strip_left else content
-        return self.before + (content.rstrip() if self.strip_right else content) + self.after
+    def text(self, words: Sequence[str]) -> str:
+        return "".join(words[piece] if isinstance(piece, int) else piece for piece in self.pieces)
 
 
-Plan = tuple[ChatPart | Slot, ...]
-"""A chat with its contents left open."""
+@dataclass(frozen=True)
+class Plan:
+    """A chat with its words left open."""
+
+    parts: tuple[ChatPart | Stretch, ...]
+    answer: int
+    """The part with which the last answer begins."""
+    before: tuple[str | int, ...]
+    """Text before that, back to the last control token."""
+    text: str
+    """All that the template writes, with marks."""
+    loses: frozenset[int]
+    """Messages of which the template leaves words out."""
+
+
+class Planned(NamedTuple):
+    """A plan, and the words for it."""
+
+    plan: Plan
+    words: Sequence[str]
+
+    @property
+    def prompt(self) -> "Planned":
+        """All before the last answer, in which nothing counts then."""
+        return self._replace(plan=_part_of(self.plan, self.plan.parts[: self.plan.answer]))
+
+    @property
+    def answer(self) -> "Planned":
+        """The last answer."""
+        return self._replace(plan=_part_of(self.plan, self.plan.parts[self.plan.answer :]))
+
+
+def _part_of(plan: Plan, parts: tuple[ChatPart | Stretch, ...]) -> Plan:
+    return Plan(parts, 0, plan.before, plan.text, plan.loses)
 
 
 class ChatEncoder:
@@ -70,10 +93,10 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.encoder = TextEncoder(tokenizer)
-        template = tokenizer.get_chat_template()
-        self._template = FIXED_DAY + template if "strftime_now" in template else template
-        self._plan_of_roles = functools.lru_cache(maxsize=10_000)(self._plan_roles)
+        self.template = ChatTemplate(tokenizer)
+        self.encoder = TextEncoder(tokenizer, self.template.writes)
+        self._plan_of_shapes = functools.lru_cache(maxsize=10_000)(self._plan_shapes)
+        self._merges = functools.lru_cache(maxsize=100_000)(self._merge_over_border)
 
     def chat(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[ChatPart]:
         """A whole chat that ends with an assistant's turn; every assistant's words and their end token count.
@@ -82,45 +105,85 @@ class ChatEncoder:
             UserError: the tokenizer's template cannot be trained on.
             RowError: the template refuses this chat.
         """
-        return self.encode([(Chat(list(messages), tools), self.plan(Chat(list(messages), tools)))])[0]
+        return self.encode([self.plan(Chat(list(messages), tools))])[0]
 
-    def plan(self, chat: Chat) -> Plan:
-        """How a chat is rendered, its contents left open.
+    def plan(self, chat: Chat) -> Planned:
+        """How a chat is rendered.
 
         Raises:
             UserError: the tokenizer's template cannot be trained on.
-            RowError: the template refuses this chat.
+            RowError: the template refuses this chat, or changes its words.
         """
         self._check_template()
-        if chat.tools is None and not any("tool_calls" in message for message in chat.messages):
-            return self._plan_of_roles(tuple(message["role"] for message in chat.messages))
-        return self._plan_with_tools(chat)
+        if chat.tools is None and all(map(self._is_plain, chat.messages)):
+            return self._plan_plain(chat.messages)
+        return self._plan_and_compare(chat)
 
-    def rewrites(self, chat: Chat) -> bool:
-        """Whether the template, given this chat as it is, would not show every word of it.
+    def samples(self, chat: Chat) -> list[Planned]:
+        """The plans by which a chat is trained: one, or one for each answer that counts.
 
-        Templates of reasoning models take thoughts out of earlier turns. Here they stay, as text.
+        Reasoning templates leave the thoughts of earlier turns out. An answer that counts is trained with them, so it becomes a
+        sample of its own, with the context in which the model will give it.
+
+        Raises:
+            UserError: the tokenizer's template cannot be trained on.
+            RowError: the template refuses this chat, or leaves out words of an answer that counts.
         """
-        self._check_template()
-        return any(text in message["content"] for message in chat.messages for text in self._rewritten)
-
-    def encode(self, planned: Sequence[tuple[Chat, Plan]]) -> list[list[ChatPart]]:
-        """The ids of many chats; their contents are tokenized in one parallel call."""
-        slots = [(chat, slot) for chat, plan in planned for slot in plan if isinstance(slot, Slot)]
-        texts = iter(self.encoder.texts([slot.fill(chat.messages[slot.message]["content"]) for chat, slot in slots]))
+        planned, counts = self.plan(chat), [n for n, message in enumerate(chat.messages) if message.get("train", True)]
+        if not planned.plan.loses.intersection(counts):
+            return [planned]
         found = []
-        for _, plan in planned:
-            parts = [part if isinstance(part, ChatPart) else ChatPart(next(texts).tolist(), part.scored, True) for part in plan]
+        for n in (n for n in counts if chat.messages[n]["role"] == "assistant"):
+            context = [{**m, "train": False} if m["role"] == "assistant" else m for m in chat.messages[:n]]
+            found.append(self.plan(Chat([*context, chat.messages[n]], chat.tools)))
+            if n in found[-1].plan.loses:
+                raise RowError("the tokenizer's chat template leaves out the reasoning of an answer that counts")
+        return found
+
+    def encode(self, planned: Sequence[Planned]) -> list[list[ChatPart]]:
+        """The ids of many chats; their words are tokenized in one parallel call."""
+        texts: tuple[list[str], list[str]] = ([], [])
+        for plan, words in planned:
+            for part in plan.parts:
+                if isinstance(part, Stretch):
+                    texts[part.continues].append(part.text(words))
+        ids = [iter(self.encoder.texts(some, continues)) for continues, some in zip((False, True), texts, strict=True)]
+        found = []
+        for plan, words in planned:
+            parts: list[ChatPart] = []
+            for part in plan.parts:
+                if isinstance(part, ChatPart):
+                    parts.append(part)
+                    continue
+                encoded = next(ids[part.continues]).tolist()
+                if len({*part.scored}) == 1:
+                    parts.append(ChatPart(encoded, part.scored[0], True))
+                else:
+                    parts += self._split(part, words)
             found.append([part for part in parts if part.ids])
         return found
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids up to where the assistant begins to answer: what generation starts from."""
-        return [i for part in self.prompt_and_answer(messages, "")[0] for i in part.ids]
+        planned = self.plan(Chat([*messages, {"role": "assistant", "content": "x"}], tools))
+        return [i for part in self.encode([planned.prompt])[0] for i in part.ids]
 
-    def prompt_and_answer(self, messages: Sequence[Message], answer: str) -> tuple[list[ChatPart], list[int]]:
-        """A prompt, in which nothing counts, and the ids of one answer with its end token, all of which count."""
-        return split_answer(self.chat([*messages, {"role": "assistant", "content": answer}]))
+    def prompt_and_answer(self, messages: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and of one answer with its end token."""
+        planned = self.plan(Chat([*messages, {"role": "assistant", "content": answer}]))
+        prompt, words = ([i for part in parts for i in part.ids] for parts in self.encode([planned.prompt, planned.answer]))
+        return prompt, words
+
+    def merges_over_border(self, planned: Planned) -> bool:
+        """Whether the last answer's first token, encoded with the prompt, would take up the prompt's end.
+
+        Then the chat's ids are not those of its whole text: they are those that generation meets.
+        """
+        first = planned.plan.parts[planned.plan.answer]
+        if not isinstance(first, Stretch) or not first.continues:
+            return False
+        before = Stretch(planned.plan.before, (), False).text(planned.words)
+        return self._merges(before, first.text(planned.words)[:64])
 
     @functools.cached_property
     def end_token_id(self) -> int:
@@ -129,17 +192,52 @@ class ChatEncoder:
         Raises:
             UserError: the template writes no chat of one question and one answer.
         """
+        return self.encoder.document_end if self._end_of_turn is None else self.encoder.control(self._end_of_turn)[-1]
+
+    @functools.cached_property
+    def _end_of_turn(self) -> str | None:
         try:
-            plan = self._plan_of_roles(("user", "assistant"))
+            return end_of_turn(self.template, self.encoder)
         except RowError as error:
-            raise UserError(f"the tokenizer's chat template refuses a question with an answer: {error}") from None
-        return plan[-1].ids[-1]  # type: ignore[union-attr]
+            raise UserError(f"the tokenizer's chat template cannot be trained on: {error}") from None
 
-    def _plan_roles(self, roles: tuple[str, ...]) -> Plan:
-        return self._plan(Chat([{"role": role, "content": "x"} for role in roles]))
+    def _is_plain(self, message: Message) -> bool:
+        """Whether the template can do nothing with a message but show its words."""
+        content = message["content"]
+        return (
+            message.keys() <= {"role", "content", "train"}
+            and message["role"] != "tool"
+            and bool(content.strip())
+            and (self.template.constants is None or self.template.constants.search(content) is None)
+        )
 
-    def _plan_with_tools(self, chat: Chat) -> Plan:
-        """Names, calls and tool descriptions are written by the template and encoded with it: none may look like control."""
+    def _plan_plain(self, messages: Sequence[Message]) -> Planned:
+        shaped = [self.template.shape(message, opened=False) for message in messages]
+        return Planned(self._plan_of_shapes(tuple(shape for shape, _ in shaped)), [w for _, words in shaped for w in words])
+
+    def _plan_shapes(self, shapes: tuple[Shape, ...]) -> Plan:
+        return self._plan([_marked(shape) for shape in _numbered(shapes)], [shape.trains for shape in shapes], None)
+
+    def _plan_and_compare(self, chat: Chat) -> Planned:
+        """A plan that was compared with the template's own rendering: calls, thoughts, empty words, texts that it looks for."""
+        _check_marks(chat)
+        self._refuse_control_in_calls(chat)
+        real, refused = self.template.render(chat.messages, chat.tools), None
+        for opens in ((), ("assistant",), ("assistant", "user", "system", "tool")):
+            shaped = [self.template.shape(message, message["role"] in opens) for message in chat.messages]
+            shapes, words = [shape for shape, _ in shaped], [w for _, words in shaped for w in words]
+            marked = [_marked(shape, message) for shape, message in zip(_numbered(shapes), chat.messages, strict=True)]
+            try:
+                plan = self._plan(marked, [shape.trains for shape in shapes], chat.tools)
+            except RowError as error:
+                refused = error
+                continue
+            if fill(plan.text, words) == real:
+                return Planned(plan, words)
+        raise refused or RowError("the tokenizer's chat template changes the words of this chat, so what counts is not known")
+
+    def _refuse_control_in_calls(self, chat: Chat) -> None:
+        """Calls and descriptions of tools are written by the template and encoded with it: none may look like control."""
         said = [(message.get("name"), message.get("tool_calls")) for message in chat.messages]
         written = json.dumps([chat.tools, said], ensure_ascii=False)
         for text in self.encoder.control_texts:
@@ -147,156 +245,168 @@ class ChatEncoder:
                 raise RowError(
                     f"a tool's name, call or description holds {text!r}, which the chat template would take for a control token"
                 )
-        return self._plan(chat)
 
-    def _plan(self, chat: Chat) -> Plan:
-        messages, opening = chat.messages, self._generation_prompt
-        marked = [_marked(i, message) for i, message in enumerate(messages)]
-        pieces = _MARKER.split(self._render(marked, tools=chat.tools))
-        # template, space, index, space, template, …, template
-        if [int(index) for index in pieces[2::4]] != list(range(len(messages))):
-            raise RowError("the tokenizer's chat template leaves out, repeats or reorders messages of this chat")
-        if (
-            chat.tools is not None
-            and pieces[::4] == _MARKER.split(self._render([_marked(i, m) for i, m in enumerate(messages)]))[::4]
-        ):
+    def _plan(self, marked: Sequence[Message], trains: Sequence[bool], tools: Any) -> Plan:
+        """Render marked messages, and cut the text into parts."""
+        text = self.template.render(marked, tools)
+        if tools is not None and MARK.split(text)[::2] == MARK.split(self.template.render(marked))[::2]:
             raise RowError("the tokenizer's chat template has no place for tools")
-        parts: list[ChatPart | Slot] = []
-        piece = pieces[0]
-        for i, message in enumerate(messages):
-            left, right, behind = pieces[4 * i + 1], pieces[4 * i + 3], pieces[4 * i + 4]
-            if message["role"] != "assistant":
-                before = piece[len(piece.rstrip(" ")) :]
-                after = behind[: len(behind) - len(behind.lstrip(" "))]
-                parts.append(ChatPart(self.encoder.control(piece.removesuffix(before)), scored=False))
-                parts.append(Slot(i, before, after, not left, not right, scored=False))
-                piece = behind.removeprefix(after)
-                continue
-            cut = piece.rfind(opening)
-            if cut < 0:
-                raise UserError("the tokenizer's chat template opens a turn in another way than its generation prompt does")
-            cut += len(opening)
-            parts.append(ChatPart(self.encoder.control(piece[:cut]), scored=False))
-            # what the template adds by itself, such as an empty <think> block, is the model's to write
-            added, is_last = piece[cut:], i == len(messages) - 1
-            if _is_marked_by_name(message):
-                written, _, piece = behind.partition(self._end_text)
-                name = message["tool_calls"][0]["function"]["name"]
-                parts.append(ChatPart(self.encoder.control(added + name + written + self._end_text), True, is_words=True))
-                continue
-            parts.append(ChatPart(self.encoder.control(added), scored=True))
-            parts.append(Slot(i, "", "", not left, not right, scored=True))
-            if "tool_calls" in message:
-                written, _, piece = behind.partition(self._end_text)
-                parts.append(ChatPart(self.encoder.control(written + self._end_text), scored=True))
-                continue
-            end_ids, piece = self._end_of_turn(behind, is_last)
-            parts.append(ChatPart(end_ids, scored=True))
-        # what stands behind the last end token is never reached in generation
-        return tuple(part for part in parts if isinstance(part, Slot) or part.ids)
+        answers, loses = find_answers(self.template, self.encoder, marked, tools, text, self._end_of_turn)
+        last = answers[-1]
+        rest = text[last.stop :].replace(str(self.tokenizer.eos_token), "").strip()  # Command A opens the next turn at once
+        parts, begins = self._parts(text, answers, trains, len(text) if rest else last.stop)
+        answer = begins[-1]
+        if not last.ends:
+            parts.append(ChatPart([self.encoder.document_end], trains[last.message]))
+        before = text[: last.start]
+        control = self.encoder.control_spans(before)
+        return Plan(tuple(parts), answer, _pieces(before[control[-1][1] if control else 0 :]), text, frozenset(loses))
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool = False, tools: Any = None) -> str:
+    def _parts(
+        self, text: str, answers: Sequence[Answer], trains: Sequence[bool], stop: int
+    ) -> tuple[list[ChatPart | Stretch], list[int]]:
+        """The parts of a marked text, as far as it is used, and which of them begin an answer."""
+        counts = [(a.start, a.stop) for a in answers if trains[a.message]]
+        borders = {a.start for a in answers}
+        control = {start: (behind, i) for start, behind, i in self.encoder.control_spans(text) if start < stop}
+        cuts = sorted({0, stop, *borders, *control, *(b for b, _ in control.values()), *(n for span in counts for n in span)})
+        parts: list[ChatPart | Stretch] = []
+        begins: list[int] = []
+        pieces: list[str | int] = []
+        flags: list[bool] = []
+        continues = False
+
+        def flush() -> None:
+            if pieces:
+                parts.append(self._stretch(tuple(pieces), tuple(flags), continues))
+            pieces.clear()
+            flags.clear()
+
+        for start, behind in itertools.pairwise(cuts):
+            if start >= stop:
+                break
+            if start in borders:
+                goes_on = bool(pieces)
+                flush()
+                continues = continues or goes_on
+                begins.append(len(parts))
+            scored = any(first <= start < last for first, last in counts)
+            if start in control:
+                flush()
+                parts.append(ChatPart([control[start][1]], scored))
+                continues = not self.encoder.prefixes_each
+                continue
+            found = _pieces(text[start:behind])
+            pieces += found
+            flags += [scored] * len(found)
+        flush()
+        return parts, begins
+
+    def _stretch(self, pieces: tuple[str | int, ...], scored: tuple[bool, ...], continues: bool) -> ChatPart | Stretch:
+        """A stretch; encoded already if it holds no words and counts as a whole."""
+        stretch = Stretch(pieces, scored, continues)
+        if any(isinstance(piece, int) for piece in pieces) or len({*scored}) > 1:
+            return stretch
+        return ChatPart(self.encoder.texts([stretch.text(())], continues)[0].tolist(), scored[0])
+
+    def _split(self, stretch: Stretch, words: Sequence[str]) -> list[ChatPart]:
+        """The parts of a stretch of which only some pieces count: a token that reaches over counts with its first letter."""
+        ids, offsets = self.encoder.offsets(stretch.text(words), stretch.continues)
+        lengths = [len(words[piece] if isinstance(piece, int) else piece) for piece in stretch.pieces]
+        scored = [flag for flag, length in zip(stretch.scored, lengths, strict=True) for _ in range(length)]
+        return [ChatPart([i], scored[min(start, len(scored) - 1)], True) for i, (start, _) in zip(ids, offsets, strict=True)]
+
+    def _merge_over_border(self, before: str, answer: str) -> bool:
+        apart = self.encoder.texts([before])[0].tolist()
+        return self.encoder.texts([before + answer])[0].tolist()[: len(apart)] != apart
+
+    @functools.cached_property
+    def _is_checked(self) -> bool:
+        """Whether the probes have the ids and the text of the template's own rendering; anything else raises `UserError`."""
+        questions, answers = PROBES[::2], PROBES[1::2]
+        turns = [
+            {"role": role, "content": text}
+            for pair in zip(questions, answers, strict=True)
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        chats = [turns[:6], turns[4:], *(turns[n : n + 2] for n in range(0, len(turns), 2))]
+        system = [{"role": "system", "content": "Be short:\n\n- facts\n- no thanks"}]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    chat_template=self._template,
-                )
-            )
-        except _TEMPLATE_FAILS as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise RowError(f"the tokenizer's chat template refuses a chat of {roles}: {one_line(str(error), 500)}") from None
-
-    @functools.cached_property
-    def _generation_prompt(self) -> str:
-        """The text by which the template opens an assistant's turn."""
-        probe = [_marked(0, {"role": "user", "content": "x"})]
-        with_opening, without = self._render(probe, generation_prompt=True), self._render(probe)
-        if not with_opening.startswith(without) or with_opening == without:
-            raise UserError("the tokenizer's chat template has no generation prompt, so no answer could be asked for")
-        return with_opening[len(without) :]
-
-    @functools.cached_property
-    def _end_text(self) -> str:
-        """The control token that ends an assistant's turn, as text."""
-        return str(self.tokenizer.convert_ids_to_tokens(self.end_token_id))
+            self._plan_plain([*system, *turns[:2]])
+            chats.append([*system, *turns[:6]])
+        except RowError:
+            pass  # a template that has no system turns, or loses them, refuses the rows that have one
+        for chat in chats:
+            self._probe(chat)
+        return True
 
     def _check_template(self) -> None:
-        """Refuse a template whose text, rendered and encoded at once, is not what the parts give: words that merge with it."""
-        if hasattr(self, "_rewritten"):
-            return
-        chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, HARMLESS, strict=True)]
+        """Refuse a template whose chats cannot be split into what it writes and what is said."""
         try:
-            plan, whole = self._plan_of_roles(tuple(m["role"] for m in chat)), self.encoder.control(self._render(chat))
+            _ = self._is_checked
         except RowError as error:
             raise UserError(f"the tokenizer's chat template cannot be trained on: {error}") from None
-        parts = [i for part in self.encode([(Chat(chat), plan)])[0] for i in part.ids]
-        # a template without an end token gets the tokenizer's behind the last turn
-        same = parts if whole[len(parts) - 1 : len(parts)] == parts[-1:] else parts[:-1]
+
+    def _probe(self, chat: list[Message]) -> None:
+        real, plain = self.template.render(chat), all(map(self._is_plain, chat))
+        planned = self._plan_plain(chat) if plain else self._plan_and_compare(Chat(chat))
+        if (shown := fill(planned.plan.text, planned.words)) != real:
+            at = common_length(shown, real)
+            raise RowError(f"it changes words: {real[at : at + 20]!r} stands where {shown[at : at + 20]!r} was said")
+        ids = [i for part in self.encode([planned])[0] for i in part.ids]
+        whole = self.encoder.control(real)
+        for n in range(1, len(chat), 2):  # an answer that merges with its prompt has other ids than the whole text
+            asked = self.template.render(chat[:-n], asks=True)
+            first = self.encoder.control(asked)
+            if real.startswith(asked) and whole[: len(first)] != first:
+                return
+        added = ids[-1] == self.encoder.document_end and whole[len(ids) - 1 : len(ids)] != ids[-1:]
+        same = ids[:-1] if added else ids
         if whole[: len(same)] != same:
             at = next((n for n, (a, b) in enumerate(zip(whole, same, strict=False)) if a != b), min(len(whole), len(same)))
-            raise UserError(
-                f"the tokenizer's chat template cannot be trained on part by part: rendered at once, 'Hello there' has other "
-                f"tokens ({self.tokenizer.convert_ids_to_tokens(whole[at : at + 3])} instead of "
-                f"{self.tokenizer.convert_ids_to_tokens(same[at : at + 3])}), so training and generation would differ: use a "
-                f"template that puts a line break or a control token between itself and the words"
+            raise RowError(
+                f"its text, encoded at once, has other tokens ({self.tokenizer.convert_ids_to_tokens(whole[at : at + 3])} for "
+                f"{self.tokenizer.convert_ids_to_tokens(same[at : at + 3])})"
             )
-        self._rewritten = tuple(text for text in SPECIAL if self._rewrites(text))
-        if "\n" in self._rewritten:
-            raise UserError("the tokenizer's chat template takes out or rewrites line breaks: it cannot be trained on")
-
-    def _rewrites(self, text: str) -> bool:
-        """Whether the template shows a message with this text in it otherwise than as it is."""
-        chat: list[Message] = [
-            {"role": role, "content": f"a{text}b{text}c"} for role in ("user", "assistant", "user", "assistant")
-        ]
-        try:
-            shown, marked = self._render(chat), self._render([_marked(i, message) for i, message in enumerate(chat)])
-        except RowError:
-            return True
-        return shown != _MARKER.sub(lambda match: chat[int(match[2])]["content"], marked)
-
-    def _end_of_turn(self, piece: str, is_last: bool) -> tuple[list[int], str]:
-        """The ids that end an assistant's turn (up to its end token), and the rest of the template.
-
-        A template without such a token gets the tokenizer's end token behind the last turn, and nothing in between.
-        """
-        if self._written_end is None:
-            return ([self.encoder.document_end] if is_last else []), piece
-        end_text = str(self.tokenizer.convert_ids_to_tokens(self._written_end))
-        before, found, behind = piece.partition(end_text)
-        return (self.encoder.control(before + end_text), behind) if found else ([], piece)
-
-    @functools.cached_property
-    def _written_end(self) -> int | None:
-        """The control token that the template writes first behind the last answer of a chat; None if it writes none there.
-
-        Behind earlier answers the next control token might only open the next turn.
-        """
-        chat = [_marked(i, {"role": role, "content": "x"}) for i, role in enumerate(("user", "assistant"))]
-        ids = self.encoder.control(_MARKER.split(self._render(chat))[-1])
-        return next((token for token in ids if token in self.encoder.control_ids), None)
 
 
-def split_answer(parts: Sequence[ChatPart]) -> tuple[list[ChatPart], list[int]]:
-    """The last answer, which is the run of scored parts at the end, and what is before it, in which nothing counts then."""
-    first = len(parts)
-    while first and parts[first - 1].scored:
-        first -= 1
-    return [ChatPart(part.ids, scored=False) for part in parts[:first]], [i for part in parts[first:] for i in part.ids]
+def fill(text: str, words: Sequence[str]) -> str:
+    """A marked text with its words."""
+    return MARK.sub(lambda match: words[int(match[1])], text)
 
 
-def _is_marked_by_name(message: Message) -> bool:
-    """Whether a message is a call without words: then its function's name is what is marked."""
-    return bool(message.get("tool_calls")) and not message["content"]
+def _pieces(text: str) -> tuple[str | int, ...]:
+    split = MARK.split(text)
+    return tuple(int(piece) if n % 2 else piece for n, piece in enumerate(split) if n % 2 or piece)
 
 
-def _marked(i: int, message: Message) -> Message:
-    marker = f"{_SPACE}\ue000aB{i}\ue001{_SPACE}"
-    if not _is_marked_by_name(message):
-        return {**message, "content": marker}
-    call, *rest = message["tool_calls"]
-    return {**message, "tool_calls": [{**call, "function": {**call["function"], "name": marker}}, *rest]}
+def _numbered(shapes: Sequence[Shape]) -> list[Shape]:
+    """The shapes with numbers in their marks."""
+    numbers = itertools.count()
+
+    def number(text: str) -> str:
+        first, *rest = text.split(WORDS)
+        return first + "".join(f"\ue000aB{next(numbers)}\ue001{piece}" for piece in rest)
+
+    found = []
+    for shape in shapes:
+        reasoning = None if shape.reasoning is None else number(shape.reasoning)
+        content = number(shape.content)
+        found.append(shape._replace(reasoning=reasoning, content=content, calls=tuple(map(number, shape.calls))))
+    return found
+
+
+def _marked(shape: Shape, message: Message | None = None) -> Message:
+    """A message of marks, with the other keys of the one given."""
+    marked = {**(message or {}), "role": shape.role, "content": shape.content}
+    if shape.reasoning is not None:
+        marked["reasoning_content"] = shape.reasoning
+    if shape.calls:
+        calls = zip(marked["tool_calls"], shape.calls, strict=True)
+        marked["tool_calls"] = [{**call, "function": {**call["function"], "name": name}} for call, name in calls]
+    return marked
+
+
+def _check_marks(chat: Chat) -> None:
+    if "\ue000aB" in json.dumps([chat.tools, [m.get("tool_calls") for m in chat.messages]], ensure_ascii=False):
+        raise RowError("a call or a tool's description holds the private character U+E000")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from modern_llm.config.data import InstructionDatasetConfig, SourceConfig
-from modern_llm.data.chat import ChatEncoder, ChatPart, Plan
+from modern_llm.data.chat import ChatEncoder, ChatPart, Planned
 from modern_llm.data.instruction_adapters import needs_regrouping, read_chat, threads
 from modern_llm.data.messages import Chat, RowError, prompt_text
 from modern_llm.data.packing import best_fit
@@ -84,7 +84,8 @@ class FoundChat:
     number: int
     row: Row
     chat: Chat
-    plan: Plan
+    plans: list[Planned]
+    """One for each sample."""
 
 
 def chats_of(
@@ -101,16 +102,18 @@ def chats_of(
     for (number, row), values in every:
         try:
             chat = read_chat(values, config)
-            plan = () if isinstance(chat, str) else encoder.plan(chat)
+            plans = [] if isinstance(chat, str) else encoder.samples(chat)
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
         if isinstance(chat, str):
             count(report, f"dropped_because_{chat}")
         else:
-            if encoder.rewrites(chat):
-                count(report, "found_text_that_the_template_rewrites")
-            yield FoundChat(number, row, chat, plan)
+            if plans[0].plan.loses:
+                count(report, "found_reasoning_of_earlier_turns_left_out")
+            if any(map(encoder.merges_over_border, plans)):
+                count(report, "found_answer_that_merges_with_its_prompt")
+            yield FoundChat(number, row, chat, plans)
 
 
 def _build(
@@ -125,8 +128,9 @@ def _build(
     waiting: list[FoundChat] = []
 
     def flush() -> None:
-        encoded = encoder.encode([(found.chat, found.plan) for found in waiting])
-        for found, parts in zip(waiting, encoded, strict=True):
+        samples = [(found, plan) for found in waiting for plan in found.plans]
+        encoded = encoder.encode([plan for _, plan in samples])
+        for (found, _), parts in zip(samples, encoded, strict=True):
             cut = within_limit(parts, config)
             if isinstance(cut, str):
                 count(report, f"dropped_because_{cut}")

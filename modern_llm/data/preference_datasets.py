@@ -8,7 +8,7 @@ import numpy as np
 
 from modern_llm.config.data import PreferenceDatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
-from modern_llm.data.chat import ChatEncoder, Plan, split_answer
+from modern_llm.data.chat import ChatEncoder, Planned
 from modern_llm.data.lint import Lint
 from modern_llm.data.messages import Chat, Pair, RowError, prompt_text
 from modern_llm.data.preference_adapters import PairRow, read_pair
@@ -95,8 +95,8 @@ class FoundPair:
     number: int
     row: Row
     pair: Pair
-    plan: Plan
-    """Of the prompt with either answer."""
+    plans: tuple[Planned, Planned]
+    """Of the prompt with the chosen and with the rejected answer."""
 
 
 def pairs_of(
@@ -106,16 +106,16 @@ def pairs_of(
     for number, row in read_rows(source, bad, report, "pairs"):
         try:
             found = read_pair(row.values, config)
-            plan = encoder.plan(_as_chat(found.pair, found.pair.chosen)) if isinstance(found, PairRow) else ()
+            plans = _plans(found.pair, encoder) if isinstance(found, PairRow) else None
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
-        if not isinstance(found, PairRow):
+        if not isinstance(found, PairRow) or plans is None:
             count(report, f"dropped_because_{found}")
         elif lint.keeps(found.pair, found.prompts_differ, row.place):
-            if any(encoder.rewrites(_as_chat(found.pair, answer)) for answer in (found.pair.chosen, found.pair.rejected)):
-                count(report, "found_text_that_the_template_rewrites")
-            yield FoundPair(number, row, found.pair, plan)
+            if any(map(encoder.merges_over_border, plans)):
+                count(report, "found_answer_that_merges_with_its_prompt")
+            yield FoundPair(number, row, found.pair, plans)
 
 
 def _build(
@@ -132,7 +132,7 @@ def _build(
     lint = Lint(config.lint, report)
 
     def flush() -> None:
-        encoded = _encode(encoder, [(found.pair, found.plan) for found in waiting])
+        encoded = _encode(encoder, [found.plans for found in waiting])
         for found, sides in zip(waiting, encoded, strict=True):
             if len(sides[1]) != len(sides[2]):
                 count(report, "longer_answer_chosen" if len(sides[1]) > len(sides[2]) else "shorter_answer_chosen")
@@ -161,14 +161,25 @@ def _as_chat(pair: Pair, answer: str) -> Chat:
     return Chat([*pair.prompt, {"role": "assistant", "content": answer}])
 
 
-def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, Plan]]) -> list[Sides]:
-    """The ids of many pairs. Both answers stand in the same plan, so they meet the same prompt."""
-    chats = [(_as_chat(pair, answer), plan) for pair, plan in planned for answer in (pair.chosen, pair.rejected)]
-    split = [split_answer(parts) for parts in encoder.encode(chats)]
-    return [
-        ([i for part in prompt for i in part.ids], chosen, rejected)
-        for (prompt, chosen), (_, rejected) in zip(split[::2], split[1::2], strict=True)
-    ]
+def _plans(pair: Pair, encoder: ChatEncoder) -> tuple[Planned, Planned]:
+    """The plans of both sides, which share their prompt.
+
+    Raises:
+        RowError: the template refuses them, leaves words of an answer out, or writes another prompt for one of them.
+    """
+    chosen, rejected = (encoder.plan(_as_chat(pair, answer)) for answer in (pair.chosen, pair.rejected))
+    if any(len(pair.prompt) in plan.plan.loses for plan in (chosen, rejected)):
+        raise RowError("the tokenizer's chat template leaves out the reasoning of an answer")
+    if chosen.prompt.plan.parts != rejected.prompt.plan.parts:
+        raise RowError("the tokenizer's chat template writes another prompt for one answer than for the other")
+    return chosen, rejected
+
+
+def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Planned, Planned]]) -> list[Sides]:
+    """The ids of many pairs; the prompt is encoded once."""
+    parts = [part for chosen, rejected in planned for part in (chosen.prompt, chosen.answer, rejected.answer)]
+    ids = [[i for part in found for i in part.ids] for found in encoder.encode(parts)]
+    return list(zip(ids[::3], ids[1::3], ids[2::3], strict=True))
 
 
 def _arrays(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +227,7 @@ def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides,
 
 def encode_whole(pair: Pair, encoder: ChatEncoder) -> Sides:
     """All ids of a pair. Raises `RowError` where the template refuses the prompt."""
-    return _encode(encoder, [(pair, encoder.plan(_as_chat(pair, pair.chosen)))])[0]
+    return _encode(encoder, [_plans(pair, encoder)])[0]
 
 
 def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segment, Segment]:

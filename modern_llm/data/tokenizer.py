@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -140,24 +142,36 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 class TextEncoder:
-    """Two encoders of one tokenizer: `text` recognises no added token, `control` recognises all of them.
+    """Encodes words, in which no control token is recognised, and splits a template's text at its control tokens.
 
-    A user's words go through `text`, so that `<|im_end|>` or `<s>` in them stays text; only pieces of a chat template go
-    through `control`. Neither adds a begin or end token.
+    Control are the special tokens, and the added ones that a chat template writes or looks for; all other added tokens are
+    words. So `<|im_end|>` or `<s>` in a user's words stays text. No begin or end token is added.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, written: Callable[[str], bool] = lambda text: False) -> None:
+        """Prepare the tokenizer's parts.
+
+        Args:
+            tokenizer: of a model.
+            written: whether a template writes an added token.
+        """
         self.tokenizer = tokenizer
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         # a tokenizer file may carry limits of its own, and the begin token is ours to place
         content["truncation"], content["padding"], content["post_processor"] = None, None, None
         self._control = Tokenizer.from_str(json.dumps(content))
-        # GPT-NeoX, OLMo and others hold runs of spaces as added tokens; those are text
-        control = {token["content"]: token["id"] for token in content["added_tokens"] if token["content"].strip()}
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
-        content["model"] = _without_words(content["model"], control.keys())
+        added = {token["content"]: token for token in content["added_tokens"]}
+        control = {text: token["id"] for text, token in added.items() if _is_control(token, tokenizer, written)}
+        hidden = {text: f"\ue000{secrets.token_hex(8)}\ue001" for text in control}
+        # they stay in the list, as tokenizers 0.22 counts the ids of added tokens anew
+        content["added_tokens"] = [{**token, "content": hidden.get(text, text)} for text, token in added.items()]
+        content["model"] = _without_words(content["model"], hidden)
         self._plain = Tokenizer.from_str(json.dumps(content))
         self._words = WordCache(self._plain)
+        bare = _without_prefix(content)
+        self._bare_words = self._words if bare == content else WordCache(Tokenizer.from_str(json.dumps(bare)))
+        self.prefixes_each = '"first"' not in json.dumps(content["pre_tokenizer"])
+        """Whether a space goes before the text behind each control token (Llama 2), or before the first of all at most."""
         self.control_ids = frozenset(control.values())
         self.control_texts = tuple(control)
         self.vocab_size = max(len(tokenizer), *(i + 1 for i in control.values()), 1)
@@ -168,14 +182,28 @@ class TextEncoder:
         begins = isinstance(begin, int) and tokenizer("a")["input_ids"][:1] == [begin]
         self.document_start: list[int] = [begin] if begins else []  # type: ignore[list-item]
         """The begin token, for tokenizers that put one before a document; at most one."""
+        longest = sorted(control, key=len, reverse=True)
+        spaces = {text: (r"\s*" * added[text]["lstrip"], r"\s*" * added[text]["rstrip"]) for text in longest}
+        patterns = [f"{spaces[text][0]}(?P<t{control[text]}>{re.escape(text)}){spaces[text][1]}" for text in longest]
+        self._control_pattern = re.compile("|".join(patterns)) if patterns else None
 
     def text(self, text: str) -> list[int]:
         """Ids of words that are only text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def texts(self, texts: list[str]) -> list[np.ndarray]:
-        """`text` of many, each (tokens,) int32."""
-        return self._words.encode(texts)
+    def texts(self, texts: list[str], continues: bool = False) -> list[np.ndarray]:
+        """`text` of many, each (tokens,) int32.
+
+        Args:
+            texts: to encode.
+            continues: each goes on from other text, so that it gets no space before it where a tokenizer gives one to texts.
+        """
+        return (self._bare_words if continues else self._words).encode(texts)
+
+    def offsets(self, text: str, continues: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of words, and where in the text each token begins and stops."""
+        found = (self._bare_words if continues else self._words).tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def batches(self, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
         """`texts` of batch after batch; once there was much text, in several processes."""
@@ -187,21 +215,60 @@ class TextEncoder:
                 yield from encode_batches(self._plain, batches)
 
     def control(self, text: str) -> list[int]:
-        """Ids of a piece of a chat template."""
+        """Ids of a text in which every added token is recognised, as transformers would encode it."""
         return self._control.encode(text, add_special_tokens=False).ids
 
+    def control_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """Control tokens in a template's text: (start, stop, id), with the white space that a token takes up."""
+        if self._control_pattern is None:
+            return []
+        return [(m.start(), m.end(), int(str(m.lastgroup)[1:])) for m in self._control_pattern.finditer(text)]
 
-def _without_words(model: dict[str, Any], words: Collection[str]) -> dict[str, Any]:
-    """A tokenizer's model in which the words keep their ids but match no text.
 
-    Unigram models, whole-word models and BPE with `ignore_merges` would else find them in their vocabulary.
+def _is_control(token: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, written: Callable[[str], bool]) -> bool:
+    """Whether an added token is no text; transformers 5.23 has the rule of what templates write for `sanitize_control_tokens`.
+
+    A begin or pad token may be an ordinary word, or one letter; the end token never is. Bytes (`<0x0A>`) are text.
+    """
+    text = token["content"]
+    if not text.strip() or re.fullmatch("<0x[0-9A-F]{2}>", text):
+        return False
+    if token["special"]:
+        return text == tokenizer.eos_token or not (text.isalnum() or len(text) == 1)
+    return written(text)
+
+
+def _without_words(model: dict[str, Any], hidden: Mapping[str, str]) -> dict[str, Any]:
+    """A tokenizer's model in which some words keep their ids but have other names, and come out of no merge.
+
+    Unigram models, whole-word models and BPE with `ignore_merges` would else find them in their vocabulary; Gemma has merges
+    for its added tokens.
     """
     if isinstance(model["vocab"], list):  # Unigram: (piece, score) in the order of ids
-        pieces = enumerate(model["vocab"])
         unknown = model.get("unk_id")
-        return {**model, "vocab": [[f"\ue000{i}\ue001" if p in words and i != unknown else p, s] for i, (p, s) in pieces]}
-    kept = {model.get("unk_token")}
-    return {**model, "vocab": {f"\ue000{i}\ue001" if w in words and w not in kept else w: i for w, i in model["vocab"].items()}}
+        pieces = [[text if i == unknown else hidden.get(text, text), score] for i, (text, score) in enumerate(model["vocab"])]
+        return {**model, "vocab": pieces}
+    gone = hidden.keys() - {model.get("unk_token")}
+    vocab = {hidden[word] if word in gone else word: i for word, i in model["vocab"].items()}
+    if "merges" not in model:
+        return {**model, "vocab": vocab}
+    return {**model, "vocab": vocab, "merges": [pair for pair in model["merges"] if not gone & {*pair, "".join(pair)}]}
+
+
+def _without_prefix(content: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer file without the parts that put a space before a text."""
+    return {**content, "normalizer": _bare(content["normalizer"]), "pre_tokenizer": _bare(content["pre_tokenizer"])}
+
+
+def _bare(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        return {**part, name: [bare for inner in part[name] if (bare := _bare(inner)) is not None]}
+    if part["type"] == "Metaspace":
+        return {**part, "prepend_scheme": "never"}
+    return {**part, "add_prefix_space": False} if part.get("add_prefix_space") else part
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

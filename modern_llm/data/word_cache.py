@@ -5,7 +5,8 @@ reaches from a character that is no space over a space behind it: in all of them
 other white space. So a text may be cut before every space that follows something else, each stretch ("word", with its
 punctuation) encoded by the tokenizer itself, and the ids remembered. Text is mostly words that were seen before.
 
-Everything else takes the tokenizer's own way: other tokenizers, and texts with white space other than spaces and line feeds.
+Everything else takes the tokenizer's own way: other tokenizers, and texts with white space other than spaces and line feeds, or
+with an added token in them.
 """
 
 import json
@@ -42,6 +43,8 @@ class WordCache:
         content = json.loads(tokenizer.to_str())
         self.applies = splits_before_spaces(content)
         self.must_be_composed = content["normalizer"] is not None
+        added = [re.escape(token["content"]) for token in content["added_tokens"]]
+        self.added = re.compile("|".join(sorted(added, key=len, reverse=True))) if added else None
         self.known: dict[str, bytes] = {}
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -58,7 +61,7 @@ class WordCache:
     def _has_words_only(self, text: str) -> bool:
         if self.must_be_composed and not (text.isascii() or unicodedata.is_normalized("NFC", text)):
             return False
-        return _OTHER_SPACE.search(text) is None
+        return _OTHER_SPACE.search(text) is None and (self.added is None or self.added.search(text) is None)
 
     def _lookup(self, words_of: list[list[str]]) -> Callable[[str], bytes]:
         """The ids of each of these words, as bytes; what is not known yet is encoded, all of it at once."""
@@ -84,7 +87,7 @@ def splits_before_spaces(content: dict[str, Any]) -> bool:
     normalizer, splitter, model = content["normalizer"], content["pre_tokenizer"], content["model"]
     if normalizer is not None and normalizer.get("type") != "NFC":
         return False
-    if content["added_tokens"] or splitter is None or model.get("type") != "BPE" or model.get("dropout"):
+    if splitter is None or model.get("type") != "BPE" or model.get("dropout"):
         return False
     parts = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     *splits, last = parts

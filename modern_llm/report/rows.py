@@ -130,16 +130,16 @@ def _chats(config: InstructionDatasetConfig, encoder: ChatEncoder) -> Iterator[S
     bad = BadRows(skip=config.on_bad_row == "skip")
     for source in _sources(config, "instructions"):
         for found in chats_of(source, config, encoder, bad, {"rows_read": 0}):
-            (parts,) = encoder.encode([(found.chat, found.plan)])
-            ids, scored = segment_arrays([(part.ids, part.scored) for part in parts])
-            kept = within_limit(parts, config)
             place = found.row.place + _held_out(config, chat_key(found.chat))
-            if isinstance(kept, str):
-                yield Shown(f"{place}: dropped, {kept.replace('_', ' ')}", ids, ["cut"] * len(ids))
-                continue
-            (kept_ids, _), flags = kept
-            first = len(ids) - len(kept_ids) if flags & CUT_START else 0
-            yield Shown(place, ids, _kinds(scored, first, first + len(kept_ids)))
+            for parts in encoder.encode(found.plans):
+                ids, scored = segment_arrays([(part.ids, part.scored) for part in parts])
+                kept = within_limit(parts, config)
+                if isinstance(kept, str):
+                    yield Shown(f"{place}: dropped, {kept.replace('_', ' ')}", ids, ["cut"] * len(ids))
+                    continue
+                (kept_ids, _), flags = kept
+                first = len(ids) - len(kept_ids) if flags & CUT_START else 0
+                yield Shown(place, ids, _kinds(scored, first, first + len(kept_ids)))
 
 
 def _pairs(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder) -> Iterator[Shown]:

@@ -1,0 +1,148 @@
+"""Where answers begin and end in a chat's text: behind the generation prompt, and with the token that ends the turn."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from modern_llm.data.messages import Message, RowError
+from modern_llm.data.template import MARK, ChatTemplate, common_length
+from modern_llm.data.tokenizer import TextEncoder
+
+_TAG = r"(?:<[^<>]*(?:think|thought|channel|reason)[^<>]*>|\[/?THINK\])"
+_THOUGHT = re.compile(rf"{_TAG}(?:{_TAG}|thought|analysis|\s)*\Z", re.IGNORECASE)
+"""A thought block without words, at the end of a generation prompt."""
+
+
+class Answer(NamedTuple):
+    """One answer in a marked text."""
+
+    message: int
+    start: int
+    """Where generation would begin."""
+    stop: int
+    """Behind its end token."""
+    ends: bool
+    """The template writes a token that ends it."""
+
+
+def find_answers(
+    template: ChatTemplate, encoder: TextEncoder, marked: Sequence[Message], tools: Any, text: str, end: str | None
+) -> tuple[list[Answer], set[int]]:
+    """The answers of a chat, and the messages of which the template leaves words out.
+
+    Args:
+        template: that wrote the text.
+        encoder: knows the control tokens.
+        marked: messages with marks in place of words.
+        tools: of the chat.
+        text: the chat as the template writes it.
+        end: what ends an answer. None: nothing does.
+
+    Raises:
+        RowError: a message is not in the text, stands there twice or in another order, or an answer opens in another way than
+            the template's generation prompt.
+    """
+    spans = {int(match[1]): match.span() for match in MARK.finditer(text)}
+    if len(spans) != sum(1 for _ in MARK.finditer(text)):
+        raise RowError(_OUT_OF_ORDER)
+    answers: list[Answer] = []
+    loses: set[int] = set()
+    behind = 0
+    for n, message in enumerate(marked):
+        calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        shown = "".join([message.get("reasoning_content", ""), message["content"], *calls])
+        marks = [int(number) for number in MARK.findall(shown)]
+        if any(int(number) not in spans for call in calls for number in MARK.findall(call)):
+            raise RowError("the tokenizer's chat template leaves out a call of a tool: give it a template with tool_calls")
+        there = sorted(spans[mark] for mark in marks if mark in spans)
+        if len(there) < len(marks):
+            loses.add(n)
+        if (marks and not there) or (n in loses and message["role"] != "assistant"):
+            raise RowError(_OUT_OF_ORDER)
+        if message["role"] == "system" or not there:
+            continue
+        if there[0][0] < behind:
+            raise RowError(_OUT_OF_ORDER)
+        behind = there[-1][1]
+        if message["role"] == "assistant":
+            start = _start(template, marked[:n], tools, text, there[0][0])
+            stop, ends = _stop(template, encoder, marked[: n + 1], tools, text, behind, end, n == len(marked) - 1)
+            answers.append(Answer(n, start, stop, ends))
+    if not answers:
+        raise RowError(_OUT_OF_ORDER)
+    return answers, loses
+
+
+_OUT_OF_ORDER = "the tokenizer's chat template leaves out, repeats or reorders messages of this chat"
+
+
+def _start(template: ChatTemplate, before: Sequence[Message], tools: Any, text: str, first: int) -> int:
+    """Where in a text an answer begins whose first words stand at `first`."""
+    asked = template.render(before, tools, asks=True)
+    if len(asked) <= first and text.startswith(asked):
+        return len(asked)
+    opening = MARK.split(asked)[-1]
+    marks = [match.end() for match in MARK.finditer(text, 0, first)]
+    gap = text[marks[-1] if marks else 0 : first]
+    for tail in (opening, _THOUGHT.sub("", opening)):  # the prompt may begin a thought that this chat has not
+        if tail and gap.startswith(tail):
+            return first - len(gap) + len(tail)
+    raise RowError("the tokenizer's chat template opens an answer in another way than its generation prompt does")
+
+
+def _stop(
+    template: ChatTemplate,
+    encoder: TextEncoder,
+    until: Sequence[Message],
+    tools: Any,
+    text: str,
+    behind: int,
+    end: str | None,
+    is_last: bool,
+) -> tuple[int, bool]:
+    """Where in a text an answer stops whose last words end at `behind`, and whether a token ends it there."""
+    closing = text[behind:] if is_last else _closing(template, encoder, until, tools, text, behind)
+    at = closing.find(end) if end is not None else -1
+    if at >= 0 and end is not None:
+        return behind + at + len(end), True
+    return behind + len(closing), False
+
+
+def _closing(
+    template: ChatTemplate, encoder: TextEncoder, until: Sequence[Message], tools: Any, text: str, behind: int
+) -> str:
+    """What the template writes behind an answer in the same turn: all that it writes too where the chat ends there."""
+    alone = MARK.split(template.render(until, tools))[-1]
+    rest = MARK.split(text[behind:])[0]
+    length = common_length(alone, rest)
+    cut = next((start for start, stop, _ in encoder.control_spans(rest) if start < length < stop), length)
+    return rest[:cut]
+
+
+def end_of_turn(template: ChatTemplate, encoder: TextEncoder) -> str | None:
+    """The control token that ends an assistant's turn; None if the template writes none.
+
+    It is the tokenizer's end token where the template writes that in every turn, else the first control token behind an answer.
+
+    Raises:
+        RowError: the template writes no chat of a question and an answer.
+    """
+    marked = [
+        {"role": role, "content": f"\ue000aB{n}\ue001"} for n, role in enumerate(("user", "assistant", "user", "assistant"))
+    ]
+    text = template.render(marked[:2])
+    last = MARK.split(text)[-1]
+    middle = last
+    try:
+        whole = template.render(marked)
+        behind = next(match.end() for match in MARK.finditer(whole) if match[1] == "1")
+        middle = _closing(template, encoder, marked[:2], None, whole, behind)
+    except (RowError, StopIteration):
+        pass  # a template of one turn
+    end = str(encoder.tokenizer.eos_token)
+    for closing in (middle, last):
+        if end in closing:
+            return end
+        if control := [closing[start:stop].strip() for start, stop, _ in encoder.control_spans(closing)]:
+            return control[0]
+    return None
