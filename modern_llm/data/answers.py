@@ -26,7 +26,13 @@ class Answer(NamedTuple):
 
 
 def find_answers(
-    template: ChatTemplate, encoder: TextEncoder, marked: Sequence[Message], tools: Any, text: str, end: str | None
+    template: ChatTemplate,
+    encoder: TextEncoder,
+    marked: Sequence[Message],
+    tools: Any,
+    text: str,
+    end: str | None,
+    needs_answer: bool = True,
 ) -> tuple[list[Answer], set[int]]:
     """The answers of a chat, and the messages of which the template leaves words out.
 
@@ -37,6 +43,7 @@ def find_answers(
         tools: of the chat.
         text: the chat as the template writes it.
         end: what ends an answer. None: nothing does.
+        needs_answer: the text is a whole chat, in which a system turn may be left out; not a prompt.
 
     Raises:
         RowError: a message is not in the text, stands there twice or in another order, or an answer opens in another way than
@@ -57,18 +64,20 @@ def find_answers(
         there = sorted(spans[mark] for mark in marks if mark in spans)
         if len(there) < len(marks):
             loses.add(n)
-        if (marks and not there) or (n in loses and message["role"] != "assistant"):
+        is_kept = message["role"] == "assistant" and bool(there)
+        is_optional = message["role"] == "system" and needs_answer
+        if n in loses and not (is_kept or is_optional):
             raise RowError(_OUT_OF_ORDER)
         if message["role"] == "system" or not there:
             continue
         if there[0][0] < behind:
             raise RowError(_OUT_OF_ORDER)
         behind = there[-1][1]
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and needs_answer:
             start = _start(template, marked[:n], tools, text, there[0][0])
             stop, ends = _stop(template, encoder, marked[: n + 1], tools, text, behind, end, n == len(marked) - 1)
             answers.append(Answer(n, start, stop, ends))
-    if not answers:
+    if needs_answer and not answers:
         raise RowError(_OUT_OF_ORDER)
     return answers, loses
 
@@ -108,9 +117,7 @@ def _stop(
     return behind + len(closing), False
 
 
-def _closing(
-    template: ChatTemplate, encoder: TextEncoder, until: Sequence[Message], tools: Any, text: str, behind: int
-) -> str:
+def _closing(template: ChatTemplate, encoder: TextEncoder, until: Sequence[Message], tools: Any, text: str, behind: int) -> str:
     """What the template writes behind an answer in the same turn: all that it writes too where the chat ends there."""
     alone = MARK.split(template.render(until, tools))[-1]
     rest = MARK.split(text[behind:])[0]

@@ -47,6 +47,8 @@ class Stretch:
     """Whether each piece counts."""
     continues: bool
     """It goes on from the text before it."""
+    opening: int = 0
+    """Tokens of an answer that the template writes before its first words."""
 
     def text(self, words: Sequence[str]) -> str:
         return "".join(words[piece] if isinstance(piece, int) else piece for piece in self.pieces)
@@ -107,8 +109,12 @@ class ChatEncoder:
         """
         return self.encode([self.plan(Chat(list(messages), tools))])[0]
 
-    def plan(self, chat: Chat) -> Planned:
+    def plan(self, chat: Chat, asked: bool = False) -> Planned:
         """How a chat is rendered.
+
+        Args:
+            chat: to render.
+            asked: put the last answer behind the generation prompt of its question, where that is another text.
 
         Raises:
             UserError: the tokenizer's template cannot be trained on.
@@ -116,14 +122,14 @@ class ChatEncoder:
         """
         self._check_template()
         if chat.tools is None and all(map(self._is_plain, chat.messages)):
-            return self._plan_plain(chat.messages)
-        return self._plan_and_compare(chat)
+            return self._plan_plain(chat.messages, asked)
+        return self._plan_and_compare(chat, asked)
 
     def samples(self, chat: Chat) -> list[Planned]:
         """The plans by which a chat is trained: one, or one for each answer that counts.
 
-        Reasoning templates leave the thoughts of earlier turns out. An answer that counts is trained with them, so it becomes a
-        sample of its own, with the context in which the model will give it.
+        Reasoning templates leave the thoughts of earlier turns out, and Mistral's the system turn once there is an answer. Then
+        each answer that counts becomes a sample of its own: behind its generation prompt, as the model will give it.
 
         Raises:
             UserError: the tokenizer's template cannot be trained on.
@@ -132,13 +138,19 @@ class ChatEncoder:
         planned, counts = self.plan(chat), [n for n, message in enumerate(chat.messages) if message.get("train", True)]
         if not planned.plan.loses.intersection(counts):
             return [planned]
-        found = []
-        for n in (n for n in counts if chat.messages[n]["role"] == "assistant"):
-            context = [{**m, "train": False} if m["role"] == "assistant" else m for m in chat.messages[:n]]
-            found.append(self.plan(Chat([*context, chat.messages[n]], chat.tools)))
-            if n in found[-1].plan.loses:
-                raise RowError("the tokenizer's chat template leaves out the reasoning of an answer that counts")
-        return found
+        answers = [n for n in counts if chat.messages[n]["role"] == "assistant"]
+        return [self.answer(Chat(chat.messages[: n + 1], chat.tools)) for n in answers]
+
+    def answer(self, chat: Chat) -> Planned:
+        """The plan by which the last answer of a chat is trained, and no other. Raises as `samples`."""
+        *context, last = chat.messages
+        context = [{**message, "train": False} if message["role"] == "assistant" else message for message in context]
+        chat = Chat([*context, last], chat.tools)
+        planned = self.plan(chat)
+        if len(context) in planned.plan.loses:
+            raise RowError("the tokenizer's chat template leaves out the reasoning of an answer that counts")
+        kept = all(chat.messages[n]["role"] == "assistant" for n in planned.plan.loses)
+        return planned if kept else self.plan(chat, asked=True)
 
     def encode(self, planned: Sequence[Planned]) -> list[list[ChatPart]]:
         """The ids of many chats; their words are tokenized in one parallel call."""
@@ -157,7 +169,8 @@ class ChatEncoder:
                     continue
                 encoded = next(ids[part.continues]).tolist()
                 if len({*part.scored}) == 1:
-                    parts.append(ChatPart(encoded, part.scored[0], True))
+                    parts.append(ChatPart(encoded[: part.opening], part.scored[0]))
+                    parts.append(ChatPart(encoded[part.opening :], part.scored[0], True))
                 else:
                     parts += self._split(part, words)
             found.append([part for part in parts if part.ids])
@@ -165,12 +178,12 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids up to where the assistant begins to answer: what generation starts from."""
-        planned = self.plan(Chat([*messages, {"role": "assistant", "content": "x"}], tools))
+        planned = self.answer(Chat([*messages, {"role": "assistant", "content": "x"}], tools))
         return [i for part in self.encode([planned.prompt])[0] for i in part.ids]
 
     def prompt_and_answer(self, messages: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
         """Ids of a prompt, and of one answer with its end token."""
-        planned = self.plan(Chat([*messages, {"role": "assistant", "content": answer}]))
+        planned = self.answer(Chat([*messages, {"role": "assistant", "content": answer}]))
         prompt, words = ([i for part in parts for i in part.ids] for parts in self.encode([planned.prompt, planned.answer]))
         return prompt, words
 
@@ -211,14 +224,15 @@ class ChatEncoder:
             and (self.template.constants is None or self.template.constants.search(content) is None)
         )
 
-    def _plan_plain(self, messages: Sequence[Message]) -> Planned:
+    def _plan_plain(self, messages: Sequence[Message], asked: bool = False) -> Planned:
         shaped = [self.template.shape(message, opened=False) for message in messages]
-        return Planned(self._plan_of_shapes(tuple(shape for shape, _ in shaped)), [w for _, words in shaped for w in words])
+        plan = self._plan_of_shapes(tuple(shape for shape, _ in shaped), asked)
+        return Planned(plan, [word for _, words in shaped for word in words])
 
-    def _plan_shapes(self, shapes: tuple[Shape, ...]) -> Plan:
-        return self._plan([_marked(shape) for shape in _numbered(shapes)], [shape.trains for shape in shapes], None)
+    def _plan_shapes(self, shapes: tuple[Shape, ...], asked: bool) -> Plan:
+        return self._plan([_marked(shape) for shape in _numbered(shapes)], [shape.trains for shape in shapes], None, asked)
 
-    def _plan_and_compare(self, chat: Chat) -> Planned:
+    def _plan_and_compare(self, chat: Chat, asked: bool = False) -> Planned:
         """A plan that was compared with the template's own rendering: calls, thoughts, empty words, texts that it looks for."""
         _check_marks(chat)
         self._refuse_control_in_calls(chat)
@@ -228,7 +242,7 @@ class ChatEncoder:
             shapes, words = [shape for shape, _ in shaped], [w for _, words in shaped for w in words]
             marked = [_marked(shape, message) for shape, message in zip(_numbered(shapes), chat.messages, strict=True)]
             try:
-                plan = self._plan(marked, [shape.trains for shape in shapes], chat.tools)
+                plan = self._plan(marked, [shape.trains for shape in shapes], chat.tools, asked)
             except RowError as error:
                 refused = error
                 continue
@@ -246,30 +260,38 @@ class ChatEncoder:
                     f"a tool's name, call or description holds {text!r}, which the chat template would take for a control token"
                 )
 
-    def _plan(self, marked: Sequence[Message], trains: Sequence[bool], tools: Any) -> Plan:
+    def _plan(self, marked: Sequence[Message], trains: Sequence[bool], tools: Any, asked: bool) -> Plan:
         """Render marked messages, and cut the text into parts."""
-        text = self.template.render(marked, tools)
+        text = used = self.template.render(marked, tools)
         if tools is not None and MARK.split(text)[::2] == MARK.split(self.template.render(marked))[::2]:
             raise RowError("the tokenizer's chat template has no place for tools")
         answers, loses = find_answers(self.template, self.encoder, marked, tools, text, self._end_of_turn)
         last = answers[-1]
         rest = text[last.stop :].replace(str(self.tokenizer.eos_token), "").strip()  # Command A opens the next turn at once
-        parts, begins = self._parts(text, answers, trains, len(text) if rest else last.stop)
-        answer = begins[-1]
+        used = text if rest else text[: last.stop]
+        if asked:
+            prompt = self.template.render(marked[:-1], tools, asks=True)
+            if MARK.split(prompt)[-1] != MARK.split(text[: last.start])[-1]:
+                raise RowError("the tokenizer's chat template leaves out the system turn, and opens answers in two ways")
+            used, moved = prompt + used[last.start :], len(prompt) - last.start
+            answers = [last._replace(start=last.start + moved, stop=last.stop + moved)]
+            _, loses = find_answers(self.template, self.encoder, marked[:-1], tools, prompt, None, needs_answer=False)
+        parts, begins = self._parts(used, answers, trains)
         if not last.ends:
             parts.append(ChatPart([self.encoder.document_end], trains[last.message]))
-        before = text[: last.start]
+        before = used[: answers[-1].start]
         control = self.encoder.control_spans(before)
-        return Plan(tuple(parts), answer, _pieces(before[control[-1][1] if control else 0 :]), text, frozenset(loses))
+        return Plan(tuple(parts), begins[-1], _pieces(before[control[-1][1] if control else 0 :]), text, frozenset(loses))
 
     def _parts(
-        self, text: str, answers: Sequence[Answer], trains: Sequence[bool], stop: int
+        self, text: str, answers: Sequence[Answer], trains: Sequence[bool]
     ) -> tuple[list[ChatPart | Stretch], list[int]]:
-        """The parts of a marked text, as far as it is used, and which of them begin an answer."""
+        """The parts of a marked text, and which of them begin an answer."""
         counts = [(a.start, a.stop) for a in answers if trains[a.message]]
         borders = {a.start for a in answers}
-        control = {start: (behind, i) for start, behind, i in self.encoder.control_spans(text) if start < stop}
-        cuts = sorted({0, stop, *borders, *control, *(b for b, _ in control.values()), *(n for span in counts for n in span)})
+        control = {start: (behind, i) for start, behind, i in self.encoder.control_spans(text)}
+        ends = {*(behind for behind, _ in control.values()), *itertools.chain.from_iterable(counts)}
+        cuts = sorted({0, len(text), *borders, *control, *ends})
         parts: list[ChatPart | Stretch] = []
         begins: list[int] = []
         pieces: list[str | int] = []
@@ -283,8 +305,6 @@ class ChatEncoder:
             flags.clear()
 
         for start, behind in itertools.pairwise(cuts):
-            if start >= stop:
-                break
             if start in borders:
                 goes_on = bool(pieces)
                 flush()
@@ -304,10 +324,11 @@ class ChatEncoder:
 
     def _stretch(self, pieces: tuple[str | int, ...], scored: tuple[bool, ...], continues: bool) -> ChatPart | Stretch:
         """A stretch; encoded already if it holds no words and counts as a whole."""
-        stretch = Stretch(pieces, scored, continues)
-        if any(isinstance(piece, int) for piece in pieces) or len({*scored}) > 1:
-            return stretch
-        return ChatPart(self.encoder.texts([stretch.text(())], continues)[0].tolist(), scored[0])
+        opening = "".join(itertools.takewhile(lambda piece: isinstance(piece, str), pieces))  # type: ignore[arg-type]
+        ids = self.encoder.texts([opening], continues)[0].tolist() if opening else []
+        if len({*scored}) == 1 and all(isinstance(piece, str) for piece in pieces):
+            return ChatPart(ids, scored[0])
+        return Stretch(pieces, scored, continues, len(ids) if scored[0] else 0)
 
     def _split(self, stretch: Stretch, words: Sequence[str]) -> list[ChatPart]:
         """The parts of a stretch of which only some pieces count: a token that reaches over counts with its first letter."""

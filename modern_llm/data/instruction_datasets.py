@@ -109,7 +109,7 @@ def chats_of(
         if isinstance(chat, str):
             count(report, f"dropped_because_{chat}")
         else:
-            if plans[0].plan.loses:
+            if any(plan.plan.loses for plan in plans):
                 count(report, "found_reasoning_of_earlier_turns_left_out")
             if any(map(encoder.merges_over_border, plans)):
                 count(report, "found_answer_that_merges_with_its_prompt")

@@ -167,9 +167,7 @@ def _plans(pair: Pair, encoder: ChatEncoder) -> tuple[Planned, Planned]:
     Raises:
         RowError: the template refuses them, leaves words of an answer out, or writes another prompt for one of them.
     """
-    chosen, rejected = (encoder.plan(_as_chat(pair, answer)) for answer in (pair.chosen, pair.rejected))
-    if any(len(pair.prompt) in plan.plan.loses for plan in (chosen, rejected)):
-        raise RowError("the tokenizer's chat template leaves out the reasoning of an answer")
+    chosen, rejected = (encoder.answer(_as_chat(pair, answer)) for answer in (pair.chosen, pair.rejected))
     if chosen.prompt.plan.parts != rejected.prompt.plan.parts:
         raise RowError("the tokenizer's chat template writes another prompt for one answer than for the other")
     return chosen, rejected

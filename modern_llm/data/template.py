@@ -73,12 +73,12 @@ class ChatTemplate:
 
         Args:
             message: of a chat.
-            opened: leave the texts in it that the program names, which are words otherwise.
+            opened: leave the texts in it that the program names, which are words otherwise; an answer of white space has none.
         """
         content, words = self._opened(message["content"], opened)
         names = [call["function"]["name"] for call in message.get("tool_calls", ())]
         if not words and not names and message["role"] == "assistant":  # so that its place is known
-            content, words = WORDS + content, [""]
+            content, words = WORDS, ["" if opened else content]
         reasoning = None
         if message.get("reasoning_content"):
             reasoning, more = self._opened(message["reasoning_content"], opened)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from modern_llm.config import DPOConfig, InstructionDatasetConfig, PreferenceDatasetConfig, UserError
 from modern_llm.data.chat import ChatEncoder, ChatPart
 from modern_llm.data.instruction_datasets import prepare_instructions
-from modern_llm.data.messages import Message, RowError
+from modern_llm.data.messages import Chat, Message, RowError
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.tokenizer import CHATML, load_tokenizer, train_tokenizer, with_chat_template
 
@@ -129,7 +129,7 @@ def test_in_a_chat_of_many_turns_only_answers_and_their_end_tokens_count(encoder
         ("chatml", "Anna.<|im_end|>Bob does.<|im_end|>"),
         ("brackets", "Anna.<|endoftext|>Bob does.<|endoftext|>"),
         ("pad is end", "Anna.<|endoftext|>Bob does.<|endoftext|>"),
-        ("no end", "Anna.Bob does.<|endoftext|>"),  # nothing could end the first answer
+        ("no end", "Anna.\nBob does.\n<|endoftext|>"),  # a line break follows both, and nothing could end the first
         ("thinking", "<|think|>\n\nAnna.<|im_end|><|think|>\n\nBob does.<|im_end|>"),  # the model's to write
         ("thinking given", "Anna.<|im_end|>Bob does.<|im_end|>"),  # given to it
     ],
@@ -195,10 +195,8 @@ def test_what_generation_starts_from_is_a_prefix_of_what_training_saw(encoders, 
     *before, last = as_chat(turns)
     whole = flat(encoder.chat([*before, last]))
     prompt, answer = encoder.prompt_and_answer(before, last["content"])
-    assert flat(prompt) + answer == whole
-    assert not any(part.scored for part in prompt)
-    assert encoder.prompt(before) == flat(prompt)
-    assert whole[: len(flat(prompt))] == encoder.prompt(before)
+    assert prompt + answer == whole
+    assert encoder.prompt(before) == prompt
 
 
 @EACH_TEMPLATE
@@ -214,7 +212,7 @@ def test_a_chat_is_the_text_that_the_template_itself_renders(encoders, name) -> 
     text = encoder.tokenizer.apply_chat_template(CHAT, tokenize=False)
     ours = read(encoder, flat(encoder.chat(CHAT)))
     if name == "no end":  # the end token that the template lacks stands behind the last answer
-        assert ours == text.removesuffix("\n") + "<|endoftext|>"
+        assert ours == text + "<|endoftext|>"
     else:  # what stands behind the last end token is never reached in generation
         assert text.startswith(ours)
         assert not text.removeprefix(ours).strip()
@@ -253,11 +251,12 @@ def test_control_tokens_in_a_message_stay_text(encoders, name, text) -> None:
         ),
         (CHATML.replace("message['content'] +", "message['content'][:1] +"), "leaves out, repeats or reorders"),
         (CHATML.replace("message['content'] +", "message['content'] | upper +"), "cannot be trained on"),
-        (CHATML.split("{% if add_generation_prompt")[0], "no generation prompt"),
-        (CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>robot\\n"), "opens a turn in another way"),
+        (CHATML.replace("message['content'] +", "message['content'] | replace('\\n', ' ') +"), "changes words: ' "),
+        (CHATML.replace("message['content'] +", "message['content'] | tojson +"), "changes words"),
+        (CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>robot\\n"), "opens an answer in another way"),
         ("{{ raise_exception('never') }}", "refuses a chat of user"),
     ],
-    ids=["hides", "reorders", "repeats", "shortens", "shouts", "no generation prompt", "opens otherwise", "refuses all"],
+    ids=["hides", "reorders", "repeats", "shortens", "shouts", "flattens", "escapes", "opens otherwise", "refuses all"],
 )
 def test_a_template_that_cannot_be_followed_is_refused(tokenizer, template, why) -> None:
     with pytest.raises(UserError, match=why):
@@ -284,8 +283,10 @@ def test_the_empty_thought_of_minimind_is_part_of_the_prompt(shared_data) -> Non
     theirs = encoder.tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
     assert encoder.prompt(CHAT[:3]) == theirs
     thought = [user("a"), assistant("<think>b</think>c <tool_call>")]
-    thinks = encoder.tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<tool_call>"])
-    assert not set(scored(encoder.chat(thought))) & set(thinks)
+    begin, end, call = encoder.tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<tool_call>"])
+    ids = scored(encoder.chat(thought))
+    assert read(encoder, ids) == "<think>\nb\n</think>\n\nc <tool_call><|im_end|>"
+    assert (ids.count(begin), ids.count(end), ids.count(call)) == (1, 1, 0)
 
 
 # Rendered at once, the same ids
@@ -316,10 +317,19 @@ def test_words_that_merge_with_a_space_before_them_keep_it_in_a_question() -> No
     assert encoder.tokenizer.convert_tokens_to_ids("ĠHello") in ids
 
 
-def test_a_template_whose_answers_merge_with_it_is_refused() -> None:
+def test_an_answer_that_would_merge_with_its_prompt_begins_behind_it_and_is_counted(tmp_path) -> None:
+    """`assistant: Good` at once has ` Good`; generation begins behind `assistant: `, and so does the answer."""
     encoder = trained_on(WORDS, SPEAKERS.replace("OPEN", " "))
-    with pytest.raises(UserError, match=r"rendered at once, 'Hello there' has other tokens .*so training and generation would"):
-        encoder.chat(CHAT)
+    chat = [user("Hello there"), assistant("Good morning.")]
+    prompt, answer = encoder.prompt_and_answer(chat[:1], "Good morning.")
+    theirs = encoder.tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
+    assert prompt == theirs
+    whole = encoder.tokenizer.apply_chat_template(chat)["input_ids"]
+    assert whole[: len(prompt)] != prompt
+    assert read(encoder, [*prompt, *answer]) == read(encoder, whole).removesuffix("\n")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat}, {"messages": [user("a"), assistant("\nb")]}])
+    report = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path)), encoder).report
+    assert report["found_answer_that_merges_with_its_prompt"] == 1
 
 
 @pytest.mark.parametrize("words", ["  Hello \n", "\tHello", "Hello", " \n"])
@@ -377,8 +387,10 @@ def test_a_call_that_spells_a_control_token_is_refused(minimind) -> None:
 def test_a_template_without_tools_refuses_them(encoder) -> None:
     with pytest.raises(RowError, match="no place for tools"):
         encoder.chat(CHAT, TOOLS)
-    with pytest.raises(RowError, match="leaves out, repeats or reorders messages"):
+    with pytest.raises(RowError, match="leaves out a call of a tool"):
         encoder.chat(TOOL_CHAT[:2])
+    with pytest.raises(RowError, match="leaves out a call of a tool"):
+        encoder.chat([*TOOL_CHAT[:1], {**TOOL_CHAT[1], "content": "Let me look."}])
 
 
 # Any text (properties over every added token, whole and split over messages)
@@ -398,7 +410,8 @@ def test_control_ids_stand_only_where_the_template_puts_them_and_every_text_come
     control = minimind.encoder.control_ids
     assert [i for i in flat(parts) if i in control] == [i for i in flat(plain) if i in control]
     end = minimind.end_token_id
-    assert scored(parts) == [i for text in (whole[:cut], whole[::-1]) for i in [*minimind.encoder.text(text), end]]
+    assert scored(parts).count(end) == 2
+    assert read(minimind, flat(parts)) == minimind.template.render(chat).removesuffix("\n")
 
 
 def test_a_megabyte_of_text_comes_back(minimind) -> None:
@@ -414,31 +427,72 @@ def test_a_template_without_end_tokens_takes_no_opening_for_an_end(tokenizer) ->
     """`<|im_start|>user` behind an answer opens the next turn and ends nothing."""
     template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '\\n' }}{% endfor %}"
     encoder = with_template(tokenizer, template + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-    assert read(encoder, scored(encoder.chat(CHAT))) == "Anna.Bob does.<|endoftext|>"
+    assert read(encoder, scored(encoder.chat(CHAT))) == "Anna.\nBob does.\n<|endoftext|>"
 
 
 THOUGHTLESS = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
 
 
-def test_words_that_the_template_takes_out_stay_and_are_counted(tokenizer, tmp_path) -> None:
-    """Templates of reasoning models drop the thoughts of earlier turns; the row is trained on with them."""
+def test_an_answer_of_which_the_template_leaves_words_out_is_refused(tokenizer, tmp_path) -> None:
     encoder = with_template(tokenizer, THOUGHTLESS)
-    assert encoder.chat(CHAT)
-    assert read(encoder, scored(encoder.chat([user("a"), assistant("<think>x</think>b")]))) == "<think>x</think>b<|im_end|>"
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": w} for w in ("<think>x</think>b", "b")])
-    report = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path)), encoder).report
-    assert report["found_text_that_the_template_rewrites"] == 1
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "<think>x</think>b"}])
+    with pytest.raises(UserError, match=r"line 1: .*leaves out the reasoning of an answer that counts"):
+        prepare_instructions(InstructionDatasetConfig(dataset_name=str(path)), encoder)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "<think>x</think>c"}])
-    report = prepare_preferences(PreferenceDatasetConfig(dataset_name=str(pairs)), DPOConfig(), encoder).report
-    assert report["found_text_that_the_template_rewrites"] == 1
-    flattening = CHATML.replace("message['content']", "message['content'] | replace('\\n', ' ')")
-    with pytest.raises(UserError, match="line breaks"):
-        with_template(tokenizer, flattening).chat(CHAT)
+    with pytest.raises(UserError, match=r"line 1: .*leaves out the reasoning of an answer that counts"):
+        prepare_preferences(PreferenceDatasetConfig(dataset_name=str(pairs)), DPOConfig(), encoder)
+
+
+# Thoughts of earlier turns are left out, as Qwen 3 does.
+FORGETS = CHATML.replace(
+    "message['content'] +", "(message['content'] if loop.last else message['content'].split('</think>')[-1].lstrip('\\n')) +"
+)
+THOUGHT_CHAT = [user("a"), assistant("<think>\nx\n</think>\n\nb"), user("c"), assistant("<think>\ny\n</think>\n\nd")]
+
+
+def test_thoughts_of_an_earlier_turn_that_counts_are_trained_in_a_sample_of_their_own(tokenizer, tmp_path) -> None:
+    encoder = with_template(tokenizer, FORGETS)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": THOUGHT_CHAT}])
+    data = prepare_instructions(InstructionDatasetConfig(dataset_name=str(path)), encoder)
+    segments = [segment for example in data.train for segment in example.segments]
+    whole = [encoder.tokenizer.apply_chat_template(THOUGHT_CHAT[:n])["input_ids"] for n in (2, 4)]
+    assert sorted(segment.ids.tolist() for segment in segments) == sorted(ids[:-1] for ids in whole)
+    taught = {read(encoder, segment.ids[segment.scored].tolist()) for segment in segments}
+    assert taught == {"<think>\nx\n</think>\n\nb<|im_end|>", "<think>\ny\n</think>\n\nd<|im_end|>"}
+    assert data.report["found_reasoning_of_earlier_turns_left_out"] == 1
+
+
+def test_an_earlier_turn_that_does_not_count_needs_no_sample_of_its_own(tokenizer) -> None:
+    encoder = with_template(tokenizer, FORGETS)
+    first, second, *rest = THOUGHT_CHAT
+    (planned,) = encoder.samples(Chat([first, {**second, "train": False}, *rest]))
+    assert read(encoder, scored(encoder.encode([planned])[0])) == "<think>\ny\n</think>\n\nd<|im_end|>"
+
+
+# The system turn goes to the last question, and only where that waits for an answer, as Mistral's do.
+LATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rules = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + (rules + '\\n\\n' if loop.last and rules is defined else '') + message['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_turn_that_only_the_prompt_shows_is_trained_as_it_will_be_met(tokenizer) -> None:
+    encoder, system = with_template(tokenizer, LATE), {"role": "system", "content": "Be brief."}
+    first, second = (encoder.encode([planned])[0] for planned in encoder.samples(Chat([system, *CHAT])))
+    assert read(encoder, flat(first)) == "<s>[INST] Be brief.\n\nWho bakes?[/INST] Anna.<|endoftext|>"
+    assert read(encoder, flat(second)) == (
+        "<s>[INST] Who bakes?[/INST] Anna.<|endoftext|>[INST] Be brief.\n\nAnd who sings?[/INST] Bob does.<|endoftext|>"
+    )
+    assert [read(encoder, scored(parts)) for parts in (first, second)] == [" Anna.<|endoftext|>", " Bob does.<|endoftext|>"]
+    theirs = encoder.tokenizer.apply_chat_template([system, *CHAT[:3]], add_generation_prompt=True)["input_ids"]
+    assert encoder.prompt([system, *CHAT[:3]]) == theirs
 
 
 def test_the_day_of_training_changes_no_token(tokenizer) -> None:
     encoder = with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}\n" + CHATML)
-    assert read(encoder, flat(encoder.chat(CHAT))).startswith("2024-07-26\n<|im_start|>user")
+    assert read(encoder, flat(encoder.chat(CHAT))).startswith("26 Jul 2024\n<|im_start|>user")
 
 
 def test_a_chat_cut_within_what_the_template_writes_is_dropped(tmp_path, encoders) -> None:
@@ -456,5 +510,5 @@ def test_a_template_that_refuses_a_plain_chat_is_told_to_the_user(encoder) -> No
     tokenizer = copy.deepcopy(encoder.tokenizer)
     refusal = "{{ raise_exception('needs a system message') if messages[0]['role'] != 'system' }}"
     tokenizer.chat_template = refusal + str(tokenizer.chat_template)
-    with pytest.raises(UserError, match=r"refuses a question with an answer: .*needs a system message"):
+    with pytest.raises(UserError, match=r"cannot be trained on: .*needs a system message"):
         _ = ChatEncoder(tokenizer).end_token_id

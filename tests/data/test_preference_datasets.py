@@ -149,9 +149,8 @@ def test_cutting_keeps_one_prompt_and_two_answers_within_every_limit(
     most_prompt, most_answer = limit(prompt_share), limit(answer_share)
     dpo = DPOConfig(max_length=max_length, max_prompt_length=most_prompt, max_completion_length=most_answer)
     pair = Pair([{"role": "user", "content": words[0]}], words[1], words[2])
-    parts, chosen = encoder.prompt_and_answer(pair.prompt, pair.chosen)
+    prompt, chosen = encoder.prompt_and_answer(pair.prompt, pair.chosen)
     _, rejected = encoder.prompt_and_answer(pair.prompt, pair.rejected)
-    prompt = [i for part in parts for i in part.ids]
     sides = encode_pair(pair, dpo, encoder)
     kept_prompts = [side.ids[~side.scored].tolist() for side in sides]
     assert kept_prompts[0] == kept_prompts[1]

@@ -285,15 +285,41 @@ def test_the_same_size_with_another_order_is_another_tokenizer(checkpoint, tmp_p
 # Trap 33
 
 
-def test_an_added_token_that_is_not_special_stays_text_too(tokenizer) -> None:
-    """`split_special_tokens=True` of transformers leaves these in: asked to see no token in `<think>`, it sees one."""
+def test_an_added_word_is_used_and_one_that_the_template_writes_is_control(tokenizer) -> None:
     copy = copy_of(tokenizer)
-    copy.add_tokens(["<think>"])
-    thought = copy.convert_tokens_to_ids("<think>")
-    assert thought in copy("a <think> b", split_special_tokens=True)["input_ids"]
-    ids = TextEncoder(copy).text("a <think> b")
+    copy.add_tokens(["ibuprofen", "<think>"])
+    word, thought = copy.convert_tokens_to_ids(["ibuprofen", "<think>"])
+    text = "a ibuprofen b <think> c"
+    assert TextEncoder(copy).text(text) == copy(text)["input_ids"]
+    copy.chat_template = CHATML.replace("assistant\\n", "assistant\\n<think>")
+    encoder = ChatEncoder(copy).encoder
+    ids = encoder.text(text)
+    assert word in ids
     assert thought not in ids
-    assert copy.decode(ids) == "a <think> b"
+    assert copy.decode(ids) == text
+    assert [ids.tolist() for ids in encoder.texts([text])] == [ids]
+
+
+@pytest.mark.parametrize("word", ["the", "!"])
+def test_a_pad_token_that_is_an_ordinary_word_stays_one(tokenizer, word) -> None:
+    copy = copy_of(tokenizer)
+    copy.add_special_tokens({"pad_token": word})
+    text = f"so {word} end"
+    assert TextEncoder(copy).text(text) == copy(text)["input_ids"]
+    assert copy.pad_token_id in TextEncoder(copy).text(text)
+
+
+def test_merges_that_name_an_added_token_do_not_break_the_tokenizer() -> None:
+    """Gemma's merges make some of its added tokens too."""
+    copy = train_tokenizer(["<b>rain</b> <b>rain</b>"] * 50, 300)
+    merged = next(text for text in copy.get_vocab() if text == "rain")
+    copy.add_tokens([merged, "  "])
+    copy.add_special_tokens({"additional_special_tokens": ["<b>"]})
+    encoder = TextEncoder(copy)
+    assert encoder.text("a rain  rain") == copy("a rain  rain")["input_ids"]
+    ids = encoder.text("a <b> b")
+    assert copy.convert_tokens_to_ids("<b>") not in ids
+    assert copy.decode(ids) == "a <b> b"
 
 
 def test_a_tokenizer_that_normalises_gives_back_the_normalised_text(tokenizer) -> None:

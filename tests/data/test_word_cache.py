@@ -88,11 +88,17 @@ def test_a_tokenizer_of_another_kind_goes_its_own_way(splitter) -> None:
     assert [found.tolist() for found in cache.encode(["ab c"])] == [ids]
 
 
-@pytest.mark.parametrize("change", [{"added_tokens": [1]}, {"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": None}])
+@pytest.mark.parametrize("change", [{"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": None}])
 def test_a_part_that_could_matter_keeps_the_cache_out(change) -> None:
     content = json.loads(TOKENIZERS["gpt2"].to_str())
     assert splits_before_spaces(content)
     assert not splits_before_spaces({**content, **change})
+
+
+def test_texts_with_an_added_token_go_the_tokenizers_own_way() -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZERS["gpt2"].to_str())
+    tokenizer.add_tokens(["new york", "  "])
+    check(WordCache(tokenizer), ["a new york b", "a new  york", "plain words", "new yorker"])
 
 
 def test_every_white_space_but_two_is_left_to_the_tokenizer() -> None:
