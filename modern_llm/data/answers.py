@@ -23,6 +23,8 @@ class Answer(NamedTuple):
     """Behind its end token."""
     ends: bool
     """The template writes a token that ends it."""
+    is_asked: bool
+    """The text before it is what generation begins from. Else the generation prompt has a thought there, and the chat none."""
 
 
 def find_answers(
@@ -74,9 +76,9 @@ def find_answers(
             raise RowError(_OUT_OF_ORDER)
         behind = there[-1][1]
         if message["role"] == "assistant" and needs_answer:
-            start = _start(template, marked[:n], tools, text, there[0][0])
+            start, is_asked = _start(template, marked[:n], tools, text, there[0][0], n == len(marked) - 1)
             stop, ends = _stop(template, encoder, marked[: n + 1], tools, text, behind, end, n == len(marked) - 1)
-            answers.append(Answer(n, start, stop, ends))
+            answers.append(Answer(n, start, stop, ends, is_asked))
     if needs_answer and not answers:
         raise RowError(_OUT_OF_ORDER)
     return answers, loses
@@ -85,17 +87,23 @@ def find_answers(
 _OUT_OF_ORDER = "the tokenizer's chat template leaves out, repeats or reorders messages of this chat"
 
 
-def _start(template: ChatTemplate, before: Sequence[Message], tools: Any, text: str, first: int) -> int:
-    """Where in a text an answer begins whose first words stand at `first`."""
+def _start(
+    template: ChatTemplate, before: Sequence[Message], tools: Any, text: str, first: int, is_last: bool
+) -> tuple[int, bool]:
+    """Where in a text an answer begins whose first words stand at `first`, and whether generation begins there too."""
     asked = template.render(before, tools, asks=True)
     if len(asked) <= first and text.startswith(asked):
-        return len(asked)
+        return len(asked), True
     opening = MARK.split(asked)[-1]
     marks = [match.end() for match in MARK.finditer(text, 0, first)]
     gap = text[marks[-1] if marks else 0 : first]
-    for tail in (opening, _THOUGHT.sub("", opening)):  # the prompt may begin a thought that this chat has not
-        if tail and gap.startswith(tail):
-            return first - len(gap) + len(tail)
+    if opening and gap.startswith(opening):
+        return first - len(gap) + len(opening), True
+    plain = _THOUGHT.sub("", opening)
+    if plain and gap.startswith(plain):
+        is_empty_thought = len(re.findall(_TAG, opening[len(plain) :], re.IGNORECASE)) > 1
+        # a thought that the prompt only begins is left to the model, which is asked without it then
+        return first - len(gap) + len(plain), is_last and not (is_empty_thought and gap == plain)
     raise RowError("the tokenizer's chat template opens an answer in another way than its generation prompt does")
 
 

@@ -67,6 +67,8 @@ class Plan:
     """All that the template writes, with marks."""
     loses: frozenset[int]
     """Messages of which the template leaves words out."""
+    apart: frozenset[int] = frozenset()
+    """Answers that do not stand behind what generation begins from."""
 
 
 class Planned(NamedTuple):
@@ -128,15 +130,16 @@ class ChatEncoder:
     def samples(self, chat: Chat) -> list[Planned]:
         """The plans by which a chat is trained: one, or one for each answer that counts.
 
-        Reasoning templates leave the thoughts of earlier turns out, and Mistral's the system turn once there is an answer. Then
-        each answer that counts becomes a sample of its own: behind its generation prompt, as the model will give it.
+        Reasoning templates leave the thoughts of earlier turns out, Mistral's the system turn once there is an answer, and
+        Gemma 4's the empty thought of the prompt. Then each answer that counts becomes a sample of its own: behind its
+        generation prompt, as the model will give it.
 
         Raises:
             UserError: the tokenizer's template cannot be trained on.
             RowError: the template refuses this chat, or leaves out words of an answer that counts.
         """
         planned, counts = self.plan(chat), [n for n, message in enumerate(chat.messages) if message.get("train", True)]
-        if not planned.plan.loses.intersection(counts):
+        if not (planned.plan.loses | planned.plan.apart).intersection(counts):
             return [planned]
         answers = [n for n in counts if chat.messages[n]["role"] == "assistant"]
         return [self.answer(Chat(chat.messages[: n + 1], chat.tools)) for n in answers]
@@ -150,7 +153,7 @@ class ChatEncoder:
         if len(context) in planned.plan.loses:
             raise RowError("the tokenizer's chat template leaves out the reasoning of an answer that counts")
         kept = all(chat.messages[n]["role"] == "assistant" for n in planned.plan.loses)
-        return planned if kept else self.plan(chat, asked=True)
+        return planned if kept and len(context) not in planned.plan.apart else self.plan(chat, asked=True)
 
     def encode(self, planned: Sequence[Planned]) -> list[list[ChatPart]]:
         """The ids of many chats; their words are tokenized in one parallel call."""
@@ -271,24 +274,26 @@ class ChatEncoder:
         used = text if rest else text[: last.stop]
         if asked:
             prompt = self.template.render(marked[:-1], tools, asks=True)
-            if MARK.split(prompt)[-1] != MARK.split(text[: last.start])[-1]:
+            if last.is_asked and MARK.split(prompt)[-1] != MARK.split(text[: last.start])[-1]:
                 raise RowError("the tokenizer's chat template leaves out the system turn, and opens answers in two ways")
             used, moved = prompt + used[last.start :], len(prompt) - last.start
-            answers = [last._replace(start=last.start + moved, stop=last.stop + moved)]
+            answers = [last._replace(start=last.start + moved, stop=last.stop + moved, is_asked=True)]
             _, loses = find_answers(self.template, self.encoder, marked[:-1], tools, prompt, None, needs_answer=False)
         parts, begins = self._parts(used, answers, trains)
         if not last.ends:
             parts.append(ChatPart([self.encoder.document_end], trains[last.message]))
         before = used[: answers[-1].start]
         control = self.encoder.control_spans(before)
-        return Plan(tuple(parts), begins[-1], _pieces(before[control[-1][1] if control else 0 :]), text, frozenset(loses))
+        before = before[control[-1][1] if control else 0 :]
+        apart = frozenset(answer.message for answer in answers if not answer.is_asked)
+        return Plan(tuple(parts), begins[-1], _pieces(before), text, frozenset(loses), apart)
 
     def _parts(
         self, text: str, answers: Sequence[Answer], trains: Sequence[bool]
     ) -> tuple[list[ChatPart | Stretch], list[int]]:
         """The parts of a marked text, and which of them begin an answer."""
         counts = [(a.start, a.stop) for a in answers if trains[a.message]]
-        borders = {a.start for a in answers}
+        borders = {a.start: a.is_asked for a in answers}
         control = {start: (behind, i) for start, behind, i in self.encoder.control_spans(text)}
         ends = {*(behind for behind, _ in control.values()), *itertools.chain.from_iterable(counts)}
         cuts = sorted({0, len(text), *borders, *control, *ends})
@@ -307,8 +312,9 @@ class ChatEncoder:
         for start, behind in itertools.pairwise(cuts):
             if start in borders:
                 goes_on = bool(pieces)
-                flush()
-                continues = continues or goes_on
+                if borders[start]:
+                    flush()
+                    continues = continues or goes_on
                 begins.append(len(parts))
             scored = any(first <= start < last for first, last in counts)
             if start in control:
