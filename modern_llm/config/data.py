@@ -133,6 +133,11 @@ class InstructionDatasetConfig(DatasetConfig):
     """Column of the user's words, together with `response_field`, for columns of other names."""
     response_field: str | None = None
     """Column of the assistant's words."""
+    chat_template: str | None = None
+    """In place of the tokenizer's own: `chatml`, `llama3`, `gemma`, `plain`, a file, or a Jinja template. It travels in the
+    checkpoint. None: the tokenizer's; where it has none, one that fits it."""
+    train_on_reasoning: bool = True
+    """The thoughts of an answer (`reasoning_content`, or `<think>…</think>` in its content) count like its words."""
     max_length: PositiveInt = 1024
     """Tokens of a sample, prompt and answer together."""
     truncation: Literal["drop", "cut_end", "cut_prompt_start"] = "cut_end"
@@ -184,6 +189,11 @@ class PreferenceDatasetConfig(DatasetConfig):
     """Column of the preferred answer: a string or a list of messages."""
     rejected_field: str = "rejected"
     """Column of the other answer."""
+    chat_template: str | None = None
+    """In place of the tokenizer's own: `chatml`, `llama3`, `gemma`, `plain`, a file, or a Jinja template. It travels in the
+    checkpoint. None: the tokenizer's; where it has none, one that fits it."""
+    train_on_reasoning: bool = True
+    """The thoughts of both answers are compared like their words."""
     min_score_ratio: NonNegativeFloat = 0.0
     """Rows with a score for each side (Stanford SHP, rated answers): leave out pairs whose better score is less than this many
     times the other one."""

@@ -11,6 +11,7 @@ from modern_llm.data.tokenizer import TextEncoder
 _TAG = r"(?:<[^<>]*(?:think|thought|channel|reason)[^<>]*>|\[/?THINK\])"
 _THOUGHT = re.compile(rf"{_TAG}(?:{_TAG}|thought|analysis|\s)*\Z", re.IGNORECASE)
 """A thought block without words, at the end of a generation prompt."""
+_THOUGHT_END = re.compile(r"(?:</think[^<>]*>|</thought>|</reasoning>|<channel\|>|<\|END_THINKING\|>|\[/THINK\])\s*")
 
 
 class Answer(NamedTuple):
@@ -23,6 +24,8 @@ class Answer(NamedTuple):
     """Behind its end token."""
     ends: bool
     """The template writes a token that ends it."""
+    words: int
+    """Where it begins without its thoughts."""
     is_asked: bool
     """The text before it is what generation begins from. Else the generation prompt has a thought there, and the chat none."""
 
@@ -78,7 +81,8 @@ def find_answers(
         if message["role"] == "assistant" and needs_answer:
             start, is_asked = _start(template, marked[:n], tools, text, there[0][0], n == len(marked) - 1)
             stop, ends = _stop(template, encoder, marked[: n + 1], tools, text, behind, end, n == len(marked) - 1)
-            answers.append(Answer(n, start, stop, ends, is_asked))
+            thoughts = [match.end() for match in _THOUGHT_END.finditer(text, start, stop)]
+            answers.append(Answer(n, start, stop, ends, thoughts[-1] if thoughts else start, is_asked))
     if needs_answer and not answers:
         raise RowError(_OUT_OF_ORDER)
     return answers, loses

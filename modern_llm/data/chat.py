@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
@@ -95,8 +96,14 @@ def _part_of(plan: Plan, parts: tuple[ChatPart | Stretch, ...]) -> Plan:
 class ChatEncoder:
     """Renders chats of one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, train_on_reasoning: bool = True) -> None:
+        """Prepare the encoders.
+
+        Args:
+            tokenizer: with a chat template.
+            train_on_reasoning: the thoughts of answers count too.
+        """
+        self.tokenizer, self.train_on_reasoning = tokenizer, train_on_reasoning
         self.template = ChatTemplate(tokenizer)
         self.encoder = TextEncoder(tokenizer, self.template.writes)
         self._plan_of_shapes = functools.lru_cache(maxsize=10_000)(self._plan_shapes)
@@ -190,6 +197,10 @@ class ChatEncoder:
         prompt, words = ([i for part in parts for i in part.ids] for parts in self.encode([planned.prompt, planned.answer]))
         return prompt, words
 
+    def holds_unknown(self, ids: np.ndarray) -> bool:
+        """Whether some text has no token of its own, but the tokenizer's unknown one."""
+        return self.tokenizer.unk_token_id is not None and bool((ids == self.tokenizer.unk_token_id).any())
+
     def merges_over_border(self, planned: Planned) -> bool:
         """Whether the last answer's first token, encoded with the prompt, would take up the prompt's end.
 
@@ -277,7 +288,7 @@ class ChatEncoder:
             if last.is_asked and MARK.split(prompt)[-1] != MARK.split(text[: last.start])[-1]:
                 raise RowError("the tokenizer's chat template leaves out the system turn, and opens answers in two ways")
             used, moved = prompt + used[last.start :], len(prompt) - last.start
-            answers = [last._replace(start=last.start + moved, stop=last.stop + moved, is_asked=True)]
+            answers = [Answer(last.message, len(prompt), last.stop + moved, last.ends, last.words + moved, True)]
             _, loses = find_answers(self.template, self.encoder, marked[:-1], tools, prompt, None, needs_answer=False)
         parts, begins = self._parts(used, answers, trains)
         if not last.ends:
@@ -292,7 +303,7 @@ class ChatEncoder:
         self, text: str, answers: Sequence[Answer], trains: Sequence[bool]
     ) -> tuple[list[ChatPart | Stretch], list[int]]:
         """The parts of a marked text, and which of them begin an answer."""
-        counts = [(a.start, a.stop) for a in answers if trains[a.message]]
+        counts = [(a.start if self.train_on_reasoning else a.words, a.stop) for a in answers if trains[a.message]]
         borders = {a.start: a.is_asked for a in answers}
         control = {start: (behind, i) for start, behind, i in self.encoder.control_spans(text)}
         ends = {*(behind for behind, _ in control.values()), *itertools.chain.from_iterable(counts)}

@@ -31,7 +31,7 @@ from modern_llm.data.tokenizer import template_fingerprint
 
 __all__ = ["InstructionDatasetConfig", "prepare_instructions"]
 
-_DECIDING = {"adapter", "prompt_field", "response_field", "max_length", "truncation"}
+_DECIDING = {"adapter", "prompt_field", "response_field", "train_on_reasoning", "max_length", "truncation"}
 """Fields of the config that decide the tokens."""
 
 CHATS_AT_ONCE = 1000
@@ -136,6 +136,8 @@ def _build(
                 count(report, f"dropped_because_{cut}")
             else:
                 segment, flags = cut
+                if encoder.holds_unknown(segment[0]):
+                    count(report, "found_unknown_token")
                 writer.add([segment], found.number, chat_key(found.chat), flags)
         waiting.clear()
 

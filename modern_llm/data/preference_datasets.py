@@ -34,11 +34,23 @@ __all__ = ["Pair", "PreferenceDatasetConfig", "prepare_preferences"]
 PAIRS_AT_ONCE = 1000
 """Pairs tokenized in one parallel call."""
 
-_DECIDING = {"adapter", "prompt_field", "chosen_field", "rejected_field", "min_score_ratio", "truncation", "lint"}
+_DECIDING = {
+    "adapter",
+    "prompt_field",
+    "chosen_field",
+    "rejected_field",
+    "min_score_ratio",
+    "train_on_reasoning",
+    "truncation",
+    "lint",
+}
 """Fields of the config that decide the tokens."""
 
 Sides = tuple[list[int], list[int], list[int]]
 """Ids of the prompt, the chosen and the rejected answer, each answer with its end token."""
+
+Thoughts = tuple[int, int]
+"""Tokens at the beginning of the chosen and the rejected answer that do not count: see `train_on_reasoning`."""
 
 
 def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder) -> PreparedData:
@@ -67,8 +79,10 @@ class StoredPairs(StoredExamples):
 
 
 def sharing_prompt(chosen: Segment, rejected: Segment) -> tuple[Segment, Segment]:
-    """The two sides of a pair, the second of which shares its prompt with the first."""
-    return chosen, replace(rejected, shared=int(rejected.scored.argmax()))
+    """The two sides of a pair, the second of which shares with the first what comes before both answers."""
+    shared = min(int(chosen.scored.argmax()), int(rejected.scored.argmax()))
+    differ = np.flatnonzero(chosen.ids[:shared] != rejected.ids[:shared])  # thoughts that do not count
+    return chosen, replace(rejected, shared=int(differ[0]) if len(differ) else shared)
 
 
 def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> list[Pair]:
@@ -133,7 +147,7 @@ def _build(
 
     def flush() -> None:
         encoded = _encode(encoder, [found.plans for found in waiting])
-        for found, sides in zip(waiting, encoded, strict=True):
+        for found, (sides, thoughts) in zip(waiting, encoded, strict=True):
             if len(sides[1]) != len(sides[2]):
                 count(report, "longer_answer_chosen" if len(sides[1]) > len(sides[2]) else "shorter_answer_chosen")
             if is_over(sides, dpo) and not lint.verdict("over_limit", found.row.place):
@@ -146,7 +160,12 @@ def _build(
             if chosen == rejected and sides[1] != sides[2]:
                 count(report, "dropped_because_answers_identical_up_to_the_cut")
                 continue
-            segments = [_arrays(prompt, answer) for answer in (chosen, rejected)]
+            if thoughts[0] >= len(chosen) or thoughts[1] >= len(rejected):
+                count(report, "dropped_because_prompt_fills_max_length")
+                continue
+            segments = [_arrays(prompt, *side) for side in zip((chosen, rejected), thoughts, strict=True)]
+            if any(encoder.holds_unknown(ids) for ids, _ in segments):
+                count(report, "found_unknown_token")
             writer.add(segments, found.number, pair_key(found.pair), flags)
         waiting.clear()
 
@@ -173,16 +192,22 @@ def _plans(pair: Pair, encoder: ChatEncoder) -> tuple[Planned, Planned]:
     return chosen, rejected
 
 
-def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Planned, Planned]]) -> list[Sides]:
+def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Planned, Planned]]) -> list[tuple[Sides, Thoughts]]:
     """The ids of many pairs; the prompt is encoded once."""
-    parts = [part for chosen, rejected in planned for part in (chosen.prompt, chosen.answer, rejected.answer)]
-    ids = [[i for part in found for i in part.ids] for found in encoder.encode(parts)]
-    return list(zip(ids[::3], ids[1::3], ids[2::3], strict=True))
+    parts = encoder.encode([part for chosen, rejected in planned for part in (chosen.prompt, chosen.answer, rejected.answer)])
+    ids = [[i for part in found for i in part.ids] for found in parts]
+    thoughts = [sum(len(part.ids) for part in found if not part.scored) for found in parts]
+    return [
+        ((prompt, chosen, rejected), (first, second))
+        for prompt, chosen, rejected, first, second in zip(
+            ids[::3], ids[1::3], ids[2::3], thoughts[1::3], thoughts[2::3], strict=True
+        )
+    ]
 
 
-def _arrays(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(prompt: list[int], answer: list[int], thoughts: int) -> tuple[np.ndarray, np.ndarray]:
     ids = np.array([*prompt, *answer], dtype=np.int32)
-    return ids, np.arange(len(ids)) >= len(prompt)
+    return ids, np.arange(len(ids)) >= len(prompt) + thoughts
 
 
 def is_over(sides: Sides, dpo: DPOConfig) -> bool:
@@ -225,7 +250,7 @@ def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides,
 
 def encode_whole(pair: Pair, encoder: ChatEncoder) -> Sides:
     """All ids of a pair. Raises `RowError` where the template refuses the prompt."""
-    return _encode(encoder, [_plans(pair, encoder)])[0]
+    return _encode(encoder, [_plans(pair, encoder)])[0][0]
 
 
 def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segment, Segment]:
@@ -234,8 +259,10 @@ def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segme
     Raises:
         RowError: the template refuses the prompt, or the limits leave nothing to compare.
     """
-    cut = within_limits(encode_whole(pair, encoder), dpo, "cut_prompt_start")
+    ((sides, thoughts),) = _encode(encoder, [_plans(pair, encoder)])
+    cut = within_limits(sides, dpo, "cut_prompt_start")
     if isinstance(cut, str):
         raise RowError(cut.replace("_", " "))
     (prompt, chosen, rejected), _ = cut
-    return sharing_prompt(Segment(*_arrays(prompt, chosen)), Segment(*_arrays(prompt, rejected)))
+    first, second = (Segment(*_arrays(prompt, *side)) for side in zip((chosen, rejected), thoughts, strict=True))
+    return sharing_prompt(first, second)

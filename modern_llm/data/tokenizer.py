@@ -17,25 +17,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from modern_llm.checkpoint import atomic_folder
 from modern_llm.config import UserError
 from modern_llm.data.encoder_workers import CHARACTERS_BEFORE_WORKERS, encode_batches
+from modern_llm.data.known_templates import CHATML, TURN_END, TURN_START, with_chat_template
 from modern_llm.data.word_cache import WordCache
 from modern_llm.foreign import check_settings
 from modern_llm.hub import hub
 
-TURN_START, TURN_END, DOCUMENT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""Chat template for tokenizers that come without one."""
-
+DOCUMENT_END = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192
 
 
 def load_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTrainedTokenizerFast:
-    """A tokenizer from a folder or a hub id, with a chat template: its own, or ChatML."""
+    """A tokenizer from a folder or a hub id, with a chat template: its own, or one that fits it."""
     return with_chat_template(read_tokenizer(name, field))
 
 
@@ -70,14 +62,6 @@ def read_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
             f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop"
         )
     tokenizer.init_kwargs.pop("local_files_only", None)  # transformers 5.23 would save it, where the hub was not asked
-    return tokenizer
-
-
-def with_chat_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer, with ChatML and its two control tokens where it had no chat template."""
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHATML
-        tokenizer.add_special_tokens({"additional_special_tokens": [TURN_START, TURN_END]})  # type: ignore[arg-type]
     return tokenizer
 
 

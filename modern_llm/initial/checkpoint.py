@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from modern_llm.checkpoint import DamagedError, read_manifest, sha256_of_file, verify, weights_hash
 from modern_llm.config import UserError
 from modern_llm.config.paths import expanded
-from modern_llm.data.tokenizer import load_tokenizer, read_tokenizer, tokenizer_fingerprint, with_chat_template
+from modern_llm.data.known_templates import with_chat_template
+from modern_llm.data.tokenizer import read_tokenizer, tokenizer_fingerprint
 from modern_llm.foreign import INDEX, check_settings
 from modern_llm.hub import commit_of, hub
 from modern_llm.initial.architecture import read_architecture
@@ -48,10 +49,10 @@ class NamedTokenizer(NamedTuple):
     """Tokens that it had before those of a chat template were added."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, name: str) -> Self:
-        """Add a chat template where there is none."""
+    def of(cls, tokenizer: PreTrainedTokenizerFast, name: str, template: str | None, trains_rows: bool) -> Self:
+        """Give it the chat template that is asked for, or one where there is none."""
         known = len(tokenizer)
-        return cls(with_chat_template(tokenizer), name, known)
+        return cls(with_chat_template(tokenizer, template, trains_rows), name, known)
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,16 @@ class InitialCheckpoint:
                 return owner
         return None
 
-    def tokenizer(self, asked: str | None = None) -> "NamedTokenizer":
+    def tokenizer(self, asked: str | None = None, template: str | None = None, trains_rows: bool = True) -> "NamedTokenizer":
         """Load the tokenizer: the folder's own, or that of the model under its adapters.
 
         Args:
             asked: folder or hub id that the user named. Where the checkpoint has a tokenizer too, both must be identical.
+            template: chat template that the user asked for, see `with_chat_template`.
+            trains_rows: new tokens can be trained.
 
         Raises:
-            UserError: the named tokenizer is another one, or there is none at all.
+            UserError: the named tokenizer is another one, or there is none at all, or no such template.
         """
         if asked is not None:
             asked = expanded(asked, "tokenizer_name")
@@ -171,14 +174,15 @@ class InitialCheckpoint:
                     f"{self.where}: only a model is there, and no tokenizer: name one by tokenizer_name, or save its tokenizer "
                     f"in the same folder"
                 )
-            return NamedTokenizer.of(read_tokenizer(asked), asked)
+            return NamedTokenizer.of(read_tokenizer(asked), asked, template, trains_rows)
         own = read_tokenizer(owner.name, self.field)
         recorded = (owner.manifest or {}).get("tokenizer_name") or owner.name
-        found = NamedTokenizer.of(own, recorded)
+        known = tokenizer_fingerprint(own)
+        found = NamedTokenizer.of(own, recorded, template, trains_rows)
         if asked is None or asked in (recorded, owner.name):
             return found
-        other = load_tokenizer(asked)
-        if tokenizer_fingerprint(other) != tokenizer_fingerprint(own):
+        other = read_tokenizer(asked)
+        if tokenizer_fingerprint(other) != known:
             raise UserError(
                 f"tokenizer_name={asked!r} ({len(other)} tokens) is not the tokenizer of {self.where} "
                 f"({len(own)} tokens, {recorded!r}): leave tokenizer_name out"

@@ -27,9 +27,20 @@ def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict
 
 
 def check_contract(
-    manifest: dict[str, Any] | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, where: str
+    manifest: dict[str, Any] | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    where: str,
+    is_template_new: bool = False,
 ) -> None:
     """Compare what was loaded with what the manifest of one of our folders promises.
+
+    Args:
+        manifest: of the folder. None: it is not ours.
+        model: that was loaded.
+        tokenizer: that was loaded.
+        where: begins the message of an error.
+        is_template_new: the tokenizer has got another chat template by now.
 
     Raises:
         UserError: they differ, with both values.
@@ -38,7 +49,7 @@ def check_contract(
     if promised is None:
         return
     for name, found in contract(model, tokenizer).items():
-        if promised.get(name) != found:
+        if promised.get(name) != found and not (is_template_new and name in ("template", "end_tokens")):
             raise UserError(
                 f"{where}: {name} is {found!r}, but the stage before left {promised.get(name)!r}: the versions of "
                 f"transformers and tokenizers that it was saved with are in its modern_llm.json"

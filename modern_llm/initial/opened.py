@@ -46,7 +46,11 @@ def open_new(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokeniz
 
 @distributed.together  # a rank that cannot read it ends the others too
 def open_checkpoint(
-    checkpoint: Path | str, tokenizer_name: str | None, field: str, adapter: AdapterConfig | None = None
+    checkpoint: Path | str,
+    tokenizer_name: str | None,
+    field: str,
+    adapter: AdapterConfig | None = None,
+    chat_template: str | None = None,
 ) -> Opened:
     """Load a checkpoint with its tokenizer; one of ours is checked file by file.
 
@@ -58,6 +62,7 @@ def open_checkpoint(
         tokenizer_name: what the user asked for. None: the checkpoint's own.
         field: name of the checkpoint's argument, for errors.
         adapter: of the run, which trains no embeddings.
+        chat_template: in place of the tokenizer's own, see `with_chat_template`.
 
     Raises:
         UserError: whatever `read_initial` and `InitialCheckpoint.load` refuse, another tokenizer than the one asked for, or too
@@ -65,14 +70,14 @@ def open_checkpoint(
     """
     initial = read_initial(checkpoint, field)
     initial.verify()
-    tokenizer, recorded_name, known = initial.tokenizer(tokenizer_name)
+    tokenizer, recorded_name, known = initial.tokenizer(tokenizer_name, chat_template, adapter is None)
     if adapter is not None and adapter.continue_training:
-        return _open_to_continue(initial, adapter, tokenizer, recorded_name)
+        return _open_to_continue(initial, adapter, tokenizer, recorded_name, chat_template)
     below = _below(initial, adapter)
     model = initial.load(below)
     if below is not None and below.obstacle:
         raise _no_sum(initial, below.obstacle, "DoRA" in below.obstacle or "rounded" in below.obstacle)
-    check_contract(initial.manifest, model, tokenizer, initial.where)
+    check_contract(initial.manifest, model, tokenizer, initial.where, is_template_new=chat_template is not None)
     tokens = template_tokens(tokenizer)
     untrained = untrained_tokens(model, tokens, known)
     fill_untrained_rows(model, tokens.values())
@@ -81,7 +86,7 @@ def open_checkpoint(
         which = f"{', '.join(untrained)} of its chat template" if untrained else f"{lacking} tokens of its tokenizer"
         raise UserError(
             f"{initial.where} has no trained embeddings for {which}, and an adapter leaves new rows as they are: train once "
-            f"without it, or give the tokenizer a chat_template of tokens it has"
+            f"without it, or set chat_template: plain"
         )
     weights = initial.hash_of(model)
     base = None
@@ -117,7 +122,11 @@ def _no_sum(initial: InitialCheckpoint, reason: str, can_continue: bool) -> User
 
 
 def _open_to_continue(
-    initial: InitialCheckpoint, given: AdapterConfig, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str
+    initial: InitialCheckpoint,
+    given: AdapterConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_name: str,
+    chat_template: str | None,
 ) -> Opened:
     """Open the model under a folder's adapters, with what it takes to put these back into it."""
     where = f"adapter.continue_training: {initial.where}"
@@ -141,7 +150,7 @@ def _open_to_continue(
 
         round_to_nf4_(model)
     model.generation_config = initial.generation or model.generation_config
-    check_contract(initial.manifest, model, tokenizer, initial.where)
+    check_contract(initial.manifest, model, tokenizer, initial.where, is_template_new=chat_template is not None)
     base = AdapterBase(initial.base.name, weights, rounded)
     begins = adapter_hash(folder, weights, rounded)
     return Opened(model, tokenizer, tokenizer_name, begins, initial, adapter, base, folder)

@@ -210,7 +210,10 @@ def _tokenizer_of(arguments: Any) -> PreTrainedTokenizerFast:
     """The tokenizer that a stage uses."""
     if isinstance(arguments, PretrainArguments):
         return load_tokenizer(arguments.tokenizer_name or "")
-    return _initial_of(arguments).tokenizer(arguments.tokenizer_name).tokenizer
+    data = arguments.preference_config if isinstance(arguments, DPOArguments) else arguments.dataset_config
+    assert data is not None
+    template, trains_rows = data.chat_template, arguments.train_config.adapter is None
+    return _initial_of(arguments).tokenizer(arguments.tokenizer_name, template, trains_rows).tokenizer
 
 
 def _initial_of(arguments: Any) -> InitialCheckpoint:
@@ -267,10 +270,16 @@ def prepare(stage: Stage, arguments: Any, tokenizer: PreTrainedTokenizerFast) ->
         )
     if isinstance(arguments, SFTArguments):
         assert arguments.dataset_config is not None
-        return prepare_instructions(arguments.dataset_config, ChatEncoder(tokenizer))
+        return prepare_instructions(
+            arguments.dataset_config, ChatEncoder(tokenizer, arguments.dataset_config.train_on_reasoning)
+        )
     assert isinstance(arguments, DPOArguments)
     assert arguments.preference_config is not None
-    return prepare_preferences(arguments.preference_config, arguments.dpo_config, ChatEncoder(tokenizer))
+    return prepare_preferences(
+        arguments.preference_config,
+        arguments.dpo_config,
+        ChatEncoder(tokenizer, arguments.preference_config.train_on_reasoning),
+    )
 
 
 def asks_reference(dpo: DPOConfig) -> bool:

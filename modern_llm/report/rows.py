@@ -17,6 +17,7 @@ from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import chat_key, chats_of, prepare_instructions, within_limit
+from modern_llm.data.known_templates import with_chat_template
 from modern_llm.data.lint import Lint
 from modern_llm.data.lm_datasets import prepare_documents, training_texts
 from modern_llm.data.preference_datasets import (
@@ -86,7 +87,8 @@ def pipeline_tokenizer(config: PipelineConfig) -> PreTrainedTokenizerFast:
     if config.pretrain is None:
         assert config.start_checkpoint is not None
         first = config.training(config.stages()[0])
-        return read_initial(config.start_checkpoint, "start_checkpoint").tokenizer(first.tokenizer_name).tokenizer
+        initial = read_initial(config.start_checkpoint, "start_checkpoint")
+        return initial.tokenizer(first.tokenizer_name, trains_rows=first.adapter is None).tokenizer
     name = config.pretrain.train.tokenizer_name
     if name is not None:
         return load_tokenizer(name)
@@ -101,7 +103,9 @@ def _prepare(config: PipelineConfig, stage: Stage, tokenizer: PreTrainedTokenize
         seed = train.seed if "seed" in train.model_fields_set else config.seed
         prepared = prepare_documents(data, TextEncoder(tokenizer), length, seed)
         return prepared, _blocks(prepared)
-    encoder = ChatEncoder(tokenizer)
+    section = config.sft if stage == "sft" else config.dpo
+    assert section is not None
+    encoder = ChatEncoder(with_chat_template(tokenizer, section.data.chat_template), section.data.train_on_reasoning)
     if stage == "sft":
         assert config.sft is not None
         return prepare_instructions(config.sft.data, encoder), _chats(config.sft.data, encoder)

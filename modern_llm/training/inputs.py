@@ -17,6 +17,7 @@ from modern_llm.config.data import DatasetConfig, LanguageModelingDatasetConfig
 from modern_llm.config.io import plain
 from modern_llm.config.resolve import filled_settings
 from modern_llm.config.training import NO_EFFECT, Stage
+from modern_llm.data.known_templates import template_text
 from modern_llm.data.sources import Kind, open_source
 from modern_llm.data.tokenizer import load_tokenizer, template_fingerprint
 from modern_llm.initial.checkpoint import identity
@@ -79,7 +80,10 @@ def key_of(inputs: dict[str, Any], any_code: bool = False) -> str:
 
 def deciding(section: StrictModel) -> dict[str, Any]:
     """The fields of a config but those that only name something."""
-    return {name: value for name, value in plain(section).items() if name not in BY_CONTENT}
+    found = {name: value for name, value in plain(section).items() if name not in BY_CONTENT}
+    if found.get("chat_template"):
+        found["chat_template"] = template_text(found["chat_template"])
+    return found
 
 
 def content_of(data: DatasetConfig, kind: Kind) -> list[dict[str, Any]]:

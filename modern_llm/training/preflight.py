@@ -108,8 +108,8 @@ def _check_begin_token(examples: list[Example], tokenizer: PreTrainedTokenizerFa
         return
     for example in examples:
         for segment in example.segments:
-            if np.count_nonzero(segment.ids == begin) > 1:
+            if segment.ids[:2].tolist() == [begin, begin]:  # one a turn is how Llama 2's template writes
                 raise UserError(
-                    f"row {example.row} begins twice ({tokenizer.bos_token!r} is there "
-                    f"{np.count_nonzero(segment.ids == begin)} times): the text brings what the tokenizer adds; take it out"
+                    f"row {example.row} begins twice (with {tokenizer.bos_token!r}): the text brings what the tokenizer adds; "
+                    f"take it out"
                 )

@@ -93,7 +93,8 @@ def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast, tokenizer
         return None
     field = "reference_checkpoint"
     has_own = read_initial(dpo.reference_checkpoint, field).has_tokenizer
-    opened = open_checkpoint(dpo.reference_checkpoint, None if has_own else tokenizer_name, field)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    opened = open_checkpoint(dpo.reference_checkpoint, None if has_own else tokenizer_name, field, chat_template=template)
     if tokenizer_fingerprint(opened.tokenizer) != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"{field}={str(dpo.reference_checkpoint)!r} has another tokenizer ({len(opened.tokenizer)} tokens) than the "

@@ -64,8 +64,10 @@ def run_dpo(
             )
         preference_config = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
-        opened = open_checkpoint(sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config.adapter)
-        encoder = ChatEncoder(opened.tokenizer)
+        opened = open_checkpoint(
+            sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config.adapter, preference_config.chat_template
+        )
+        encoder = ChatEncoder(opened.tokenizer, preference_config.train_on_reasoning)
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
         named = open_reference(dpo_config, opened.tokenizer, opened.tokenizer_name)
         objective = PreferenceObjective(dpo_config)

@@ -38,14 +38,16 @@ def run_sft(
         check_early("sft", train_config)
         dataset_config = dataset_or_default(dataset_config, train_config, InstructionDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
-        opened = open_checkpoint(pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint", train_config.adapter)
+        opened = open_checkpoint(
+            pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint", train_config.adapter, dataset_config.chat_template
+        )
         return train_stage(
             stage="sft",
             config=train_config,
             sections={"data": dataset_config},
             inputs=stage_inputs("sft", train_config, {"data": dataset_config}, pretrain_checkpoint),
             opened=opened,
-            data=prepare_instructions(dataset_config, ChatEncoder(opened.tokenizer)),
+            data=prepare_instructions(dataset_config, ChatEncoder(opened.tokenizer, dataset_config.train_on_reasoning)),
             objective=LanguageModelingObjective(train_config.z_loss),
         )
 

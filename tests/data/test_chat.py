@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from modern_llm.config import DPOConfig, InstructionDatasetConfig, PreferenceDatasetConfig, UserError
 from modern_llm.data.chat import ChatEncoder, ChatPart
 from modern_llm.data.instruction_datasets import prepare_instructions
+from modern_llm.data.known_templates import CHATML, with_chat_template
 from modern_llm.data.messages import Chat, Message, RowError
 from modern_llm.data.preference_datasets import prepare_preferences
-from modern_llm.data.tokenizer import CHATML, load_tokenizer, train_tokenizer, with_chat_template
+from modern_llm.data.tokenizer import load_tokenizer, train_tokenizer
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -177,11 +178,17 @@ def test_a_chat_has_at_most_one_begin_token_and_it_stands_first(encoders, name, 
     assert encoder.encoder.document_start == [begin]
 
 
-def test_a_tokenizer_that_begins_every_text_and_has_no_template_gets_no_begin_token_in_chats(tokenizer) -> None:
+def test_a_tokenizer_that_begins_every_text_and_has_no_template_gets_one_that_begins_so_too(tokenizer) -> None:
+    """A model that saw nothing without a begin token is worse without it (Gemma 3)."""
     encoder = with_template(tokenizer, None)
-    assert encoder.tokenizer.chat_template == CHATML
-    assert encoder.tokenizer("a")["input_ids"][0] == encoder.tokenizer.bos_token_id
-    assert encoder.tokenizer.bos_token_id not in flat(encoder.chat(CHAT))
+    begin = encoder.tokenizer.bos_token_id
+    assert encoder.tokenizer("a")["input_ids"][0] == begin
+    ids = flat(encoder.chat(CHAT))
+    assert ids[0] == begin
+    assert begin not in ids[1:]
+    encoder.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    encoder.tokenizer.chat_template = None
+    assert begin not in flat(ChatEncoder(with_chat_template(encoder.tokenizer)).chat(CHAT))
 
 
 # Prompts (trap 19)

@@ -65,7 +65,7 @@ def peer_ids(tokenizer: PreTrainedTokenizerFast, row: Row) -> Ids:
 
 def our_ids(encoder: ChatEncoder, row: Row) -> Ids:
     prompt, answer = encoder.prompt_and_answer(our_row(row)["messages"][:1], row["completion"])
-    return tuple(i for part in prompt for i in part.ids), tuple(answer)
+    return tuple(prompt), tuple(answer)
 
 
 def our_row(row: Row) -> dict[str, list[dict[str, str]]]:
