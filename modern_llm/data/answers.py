@@ -107,7 +107,7 @@ def _start(
     if plain and gap.startswith(plain):
         is_empty_thought = len(re.findall(_TAG, opening[len(plain) :], re.IGNORECASE)) > 1
         # a thought that the prompt only begins is left to the model, which is asked without it then
-        return first - len(gap) + len(plain), is_last and not (is_empty_thought and gap == plain)
+        return first - len(gap) + len(plain), is_last and not (is_empty_thought and not gap[len(plain) :].strip())
     raise RowError("the tokenizer's chat template opens an answer in another way than its generation prompt does")
 
 

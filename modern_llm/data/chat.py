@@ -27,6 +27,10 @@ PROBES = (
 )  # fmt: skip
 """Words with which a template is tried before it is trusted: what merges with line breaks, is escaped, stripped or changed."""
 
+THOUGHTS = ("<think>", "</think>")
+_OPENS = ((), ("assistant",), ("assistant", "user", "system", "tool"))
+"""Whose words are opened, one after the other, until the text is the template's own."""
+
 
 @dataclass(frozen=True)
 class ChatPart:
@@ -68,6 +72,8 @@ class Plan:
     """All that the template writes, with marks."""
     loses: frozenset[int]
     """Messages of which the template leaves words out."""
+    rest: tuple[ChatPart | Stretch, ...] = ()
+    """What the template writes behind the last answer's end, white space and end tokens aside."""
     apart: frozenset[int] = frozenset()
     """Answers that do not stand behind what generation begins from."""
 
@@ -104,7 +110,7 @@ class ChatEncoder:
             train_on_reasoning: the thoughts of answers count too.
         """
         self.tokenizer, self.train_on_reasoning = tokenizer, train_on_reasoning
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, () if train_on_reasoning else THOUGHTS)
         self.encoder = TextEncoder(tokenizer, self.template.writes)
         self._plan_of_shapes = functools.lru_cache(maxsize=10_000)(self._plan_shapes)
         self._merges = functools.lru_cache(maxsize=100_000)(self._merge_over_border)
@@ -116,7 +122,10 @@ class ChatEncoder:
             UserError: the tokenizer's template cannot be trained on.
             RowError: the template refuses this chat.
         """
-        return self.encode([self.plan(Chat(list(messages), tools))])[0]
+        planned = self.plan(Chat(list(messages), tools))
+        rest = planned._replace(plan=_part_of(planned.plan, planned.plan.rest))
+        whole, behind = self.encode([planned, rest])
+        return whole + behind
 
     def plan(self, chat: Chat, asked: bool = False) -> Planned:
         """How a chat is rendered.
@@ -251,7 +260,7 @@ class ChatEncoder:
         _check_marks(chat)
         self._refuse_control_in_calls(chat)
         real, refused = self.template.render(chat.messages, chat.tools), None
-        for opens in ((), ("assistant",), ("assistant", "user", "system", "tool")):
+        for opens in _OPENS if self.train_on_reasoning else _OPENS[1:]:
             shaped = [self.template.shape(message, message["role"] in opens) for message in chat.messages]
             shapes, words = [shape for shape, _ in shaped], [w for _, words in shaped for w in words]
             marked = [_marked(shape, message) for shape, message in zip(_numbered(shapes), chat.messages, strict=True)]
@@ -281,8 +290,9 @@ class ChatEncoder:
             raise RowError("the tokenizer's chat template has no place for tools")
         answers, loses = find_answers(self.template, self.encoder, marked, tools, text, self._end_of_turn)
         last = answers[-1]
-        rest = text[last.stop :].replace(str(self.tokenizer.eos_token), "").strip()  # Command A opens the next turn at once
-        used = text if rest else text[: last.stop]
+        used, rest = text[: last.stop], text[last.stop :]
+        if not rest.replace(str(self.tokenizer.eos_token), "").strip():  # Command A opens the next turn at once
+            rest = ""
         if asked:
             prompt = self.template.render(marked[:-1], tools, asks=True)
             if last.is_asked and MARK.split(prompt)[-1] != MARK.split(text[: last.start])[-1]:
@@ -297,22 +307,24 @@ class ChatEncoder:
         control = self.encoder.control_spans(before)
         before = before[control[-1][1] if control else 0 :]
         apart = frozenset(answer.message for answer in answers if not answer.is_asked)
-        return Plan(tuple(parts), begins[-1], _pieces(before), text, frozenset(loses), apart)
+        behind = tuple(self._parts(rest, (), (), continues=not self.encoder.prefixes_each)[0])
+        return Plan(tuple(parts), begins[-1], _pieces(before), text, frozenset(loses), behind, apart)
 
     def _parts(
-        self, text: str, answers: Sequence[Answer], trains: Sequence[bool]
+        self, text: str, answers: Sequence[Answer], trains: Sequence[bool], continues: bool = False
     ) -> tuple[list[ChatPart | Stretch], list[int]]:
         """The parts of a marked text, and which of them begin an answer."""
         counts = [(a.start if self.train_on_reasoning else a.words, a.stop) for a in answers if trains[a.message]]
         borders = {a.start: a.is_asked for a in answers}
         control = {start: (behind, i) for start, behind, i in self.encoder.control_spans(text)}
+        swallowed = {n: behind for start, (behind, _) in control.items() for n in range(start + 1, behind)}
+        counts = [(swallowed.get(start, start), swallowed.get(stop, stop)) for start, stop in counts]
         ends = {*(behind for behind, _ in control.values()), *itertools.chain.from_iterable(counts)}
         cuts = sorted({0, len(text), *borders, *control, *ends})
         parts: list[ChatPart | Stretch] = []
         begins: list[int] = []
         pieces: list[str | int] = []
         flags: list[bool] = []
-        continues = False
 
         def flush() -> None:
             if pieces:

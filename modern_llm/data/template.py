@@ -51,7 +51,16 @@ class Shape(NamedTuple):
 class ChatTemplate:
     """The template or templates of a tokenizer, and what they write."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, more: Sequence[str] = ()) -> None:
+        """Read the templates.
+
+        Args:
+            tokenizer: with a chat template.
+            more: texts to be told apart from words like those that the program names.
+
+        Raises:
+            UserError: it is no Jinja template.
+        """
         self.tokenizer = tokenizer
         named = tokenizer.chat_template
         self.sources: list[str] = list(named.values()) if isinstance(named, Mapping) else [str(named)]
@@ -60,7 +69,7 @@ class ChatTemplate:
             self.literals, constants = zip(*map(literal_texts, self.sources), strict=True)
         except TemplateError as error:
             raise UserError(f"the tokenizer's chat template is no Jinja template: {error}") from None
-        words = sorted(set().union(*constants), key=len, reverse=True)
+        words = sorted(set(more).union(*constants), key=len, reverse=True)
         self.constants = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
         """Texts that the program compares with, splits at or replaces, white space aside; a group."""
 

@@ -147,8 +147,11 @@ class TextEncoder:
         added = {token["content"]: token for token in content["added_tokens"]}
         control = {text: token["id"] for text, token in added.items() if _is_control(token, tokenizer, written)}
         hidden = {text: f"\ue000{secrets.token_hex(8)}\ue001" for text in control}
-        # they stay in the list, as tokenizers 0.22 counts the ids of added tokens anew
-        content["added_tokens"] = [{**token, "content": hidden.get(text, text)} for text, token in added.items()]
+        # those that are not in the vocabulary stay in the list, as tokenizers 0.22 counts the ids of added tokens anew
+        model_vocab = content["model"]["vocab"]
+        own = {piece[0] for piece in model_vocab} if isinstance(model_vocab, list) else model_vocab
+        kept = [token for text, token in added.items() if text not in control or text not in own]
+        content["added_tokens"] = [{**token, "content": hidden.get(token["content"], token["content"])} for token in kept]
         content["model"] = _without_words(content["model"], hidden)
         self._plain = Tokenizer.from_str(json.dumps(content))
         self._words = WordCache(self._plain)
@@ -156,6 +159,8 @@ class TextEncoder:
         self._bare_words = self._words if bare == content else WordCache(Tokenizer.from_str(json.dumps(bare)))
         self.prefixes_each = '"first"' not in json.dumps(content["pre_tokenizer"])
         """Whether a space goes before the text behind each control token (Llama 2), or before the first of all at most."""
+        words = [re.escape(token["content"]) for token in _words_with_texts_behind(content)]
+        self._added = re.compile("|".join(words)) if words and bare != content and self.prefixes_each else None
         self.control_ids = frozenset(control.values())
         self.control_texts = tuple(control)
         self.vocab_size = max(len(tokenizer), *(i + 1 for i in control.values()), 1)
@@ -182,12 +187,24 @@ class TextEncoder:
             texts: to encode.
             continues: each goes on from other text, so that it gets no space before it where a tokenizer gives one to texts.
         """
-        return (self._bare_words if continues else self._words).encode(texts)
+        if not continues or self._added is None:
+            return (self._bare_words if continues else self._words).encode(texts)
+        cuts = [self._text_begins_anew(text) for text in texts]
+        heads = self._bare_words.encode([text[:cut] for text, cut in zip(texts, cuts, strict=True)])
+        tails = self._words.encode([text[cut:] for text, cut in zip(texts, cuts, strict=True)])
+        return [np.concatenate(both) for both in zip(heads, tails, strict=True)]
 
     def offsets(self, text: str, continues: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of words, and where in the text each token begins and stops."""
-        found = (self._bare_words if continues else self._words).tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        cut = self._text_begins_anew(text) if continues else 0
+        head = self._bare_words.tokenizer.encode(text[:cut], add_special_tokens=False)
+        tail = self._plain.encode(text[cut:], add_special_tokens=False)
+        return [*head.ids, *tail.ids], [*head.offsets, *((cut + start, cut + stop) for start, stop in tail.offsets)]
+
+    def _text_begins_anew(self, text: str) -> int:
+        """Where in a text that goes on from another one a space is put again: behind an added word, where that is so."""
+        match = self._added.search(text) if self._added is not None else None
+        return match.end() if match else len(text)
 
     def batches(self, batches: Iterable[list[str]]) -> Iterator[list[np.ndarray]]:
         """`texts` of batch after batch; once there was much text, in several processes."""
@@ -239,9 +256,19 @@ def _without_words(model: dict[str, Any], hidden: Mapping[str, str]) -> dict[str
     return {**model, "vocab": vocab, "merges": [pair for pair in model["merges"] if not gone & {*pair, "".join(pair)}]}
 
 
+def _words_with_texts_behind(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Added words behind which a text begins anew: not where they are looked for in normalised text, and that has the space."""
+    words = [token for token in content["added_tokens"] if token["content"][:1] != "\ue000"]
+    return [t for t in words if not t["normalized"]] if '"Prepend"' in json.dumps(content["normalizer"]) else words
+
+
 def _without_prefix(content: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer file without the parts that put a space before a text."""
-    return {**content, "normalizer": _bare(content["normalizer"]), "pre_tokenizer": _bare(content["pre_tokenizer"])}
+    bare = {**content, "normalizer": _bare(content["normalizer"]), "pre_tokenizer": _bare(content["pre_tokenizer"])}
+    if '"Prepend"' in json.dumps(content["normalizer"]):  # which goes before added words too, where they are looked for
+        added = [{**t, "content": "\u2581" + t["content"]} if t["normalized"] else t for t in content["added_tokens"]]
+        bare["added_tokens"] = added
+    return bare
 
 
 def _bare(part: dict[str, Any] | None) -> dict[str, Any] | None:
