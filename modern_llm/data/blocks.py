@@ -8,7 +8,7 @@ import numpy as np
 
 from modern_llm.config import UserError
 from modern_llm.config.data import LanguageModelingDatasetConfig
-from modern_llm.data.messages import RowError, text_column
+from modern_llm.data.columns import RowError, text_column
 from modern_llm.data.prepared import Example, Part, fingerprint_of
 from modern_llm.data.readers import BadRows, Row
 from modern_llm.data.sources import open_source, prompt_hash, stream_rows

@@ -9,8 +9,9 @@ import numpy as np
 from modern_llm.config.data import PreferenceDatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.chat import ChatEncoder, Plan, split_answer
-from modern_llm.data.lint import Lint
-from modern_llm.data.messages import Chat, Pair, RowError, prompt_text
+from modern_llm.data.columns import RowError
+from modern_llm.data.lint import Lint, check_words
+from modern_llm.data.messages import Chat, Message, Pair, prompt_text
 from modern_llm.data.preference_adapters import PairRow, read_pair
 from modern_llm.data.prepared import (
     Example,
@@ -34,8 +35,8 @@ __all__ = ["Pair", "PreferenceDatasetConfig", "prepare_preferences"]
 PAIRS_AT_ONCE = 1000
 """Pairs tokenized in one parallel call."""
 
-_DECIDING = {"adapter", "prompt_field", "chosen_field", "rejected_field", "min_score_ratio", "truncation", "lint"}
-"""Fields of the config that decide the tokens."""
+_DECIDING = {"prompt_field", "chosen_field", "rejected_field", "min_score_ratio", "truncation", "lint"}
+"""Fields of the config that decide the tokens, besides those of each source."""
 
 Sides = tuple[list[int], list[int], list[int]]
 """Ids of the prompt, the chosen and the rejected answer, each answer with its end token."""
@@ -72,12 +73,12 @@ def sharing_prompt(chosen: Segment, rejected: Segment) -> tuple[Segment, Segment
 
 
 def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> list[Pair]:
-    """The pairs of the evaluation part that pass the checks, as text."""
+    """The pairs of the evaluation part that pass the checks, as messages."""
     found = []
     for name, source in config.sources().items():
         bad = BadRows(skip=config.on_bad_row == "skip")
         opened = open_source(name, source, "preferences", config.eval_split)
-        for found_pair in pairs_of(opened, config, encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
+        for found_pair in pairs_of(opened, config.for_source(source), encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
             if config.eval_split is not None or is_held_out(pair_key(found_pair.pair), config):
                 found.append(found_pair.pair)
     return found
@@ -95,34 +96,47 @@ class FoundPair:
     number: int
     row: Row
     pair: Pair
-    plan: Plan
-    """Of the prompt with either answer."""
+    plans: tuple[Plan, Plan]
+    """Of the prompt with each answer: calls and thoughts may need another one than words."""
 
 
 def pairs_of(
     source: Source, config: PreferenceDatasetConfig, encoder: ChatEncoder, lint: Lint, bad: BadRows, report: Report
 ) -> Iterator[FoundPair]:
-    """Every row that is a pair which passes the checks and the template can show; the others are counted by reason."""
+    """Every row that is a pair which passes the checks and the template can show; the others are counted by reason.
+
+    Args:
+        source: of rows.
+        config: for this source (`for_source`).
+        encoder: knows the template.
+        lint: the checks.
+        bad: hears of rows that cannot be read.
+        report: gets the counts.
+    """
     for number, row in read_rows(source, bad, report, "pairs"):
         try:
             found = read_pair(row.values, config)
-            plan = encoder.plan(_as_chat(found.pair, found.pair.chosen)) if isinstance(found, PairRow) else ()
+            plans = _plans(found.pair, encoder) if isinstance(found, PairRow) else ((), ())
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
         if not isinstance(found, PairRow):
             count(report, f"dropped_because_{found}")
-        elif lint.keeps(found.pair, found.prompts_differ, row.place):
-            if any(encoder.rewrites(_as_chat(found.pair, answer)) for answer in (found.pair.chosen, found.pair.rejected)):
+        elif lint.keeps(found.pair, found.doubts, row.place):
+            pair = found.pair
+            for name in found.found:
+                count(report, name)
+            if any(encoder.rewrites(_as_chat(pair, answer)) for answer in (pair.chosen, pair.rejected)):
                 count(report, "found_text_that_the_template_rewrites")
-            yield FoundPair(number, row, found.pair, plan)
+            check_words([*pair.prompt, pair.chosen, pair.rejected], encoder, row.place, report)
+            yield FoundPair(number, row, pair, plans)
 
 
 def _build(
     config: PreferenceDatasetConfig,
     dpo: DPOConfig,
     encoder: ChatEncoder,
-    _: SourceConfig,
+    source_config: SourceConfig,
     source: Source,
     writer: StoreWriter,
     bad: BadRows,
@@ -132,8 +146,11 @@ def _build(
     lint = Lint(config.lint, report)
 
     def flush() -> None:
-        encoded = _encode(encoder, [(found.pair, found.plan) for found in waiting])
+        encoded = _encode(encoder, [(found.pair, found.plans) for found in waiting])
         for found, sides in zip(waiting, encoded, strict=True):
+            if sides is None:
+                count(report, "dropped_because_template_shows_two_prompts")
+                continue
             if len(sides[1]) != len(sides[2]):
                 count(report, "longer_answer_chosen" if len(sides[1]) > len(sides[2]) else "shorter_answer_chosen")
             if is_over(sides, dpo) and not lint.verdict("over_limit", found.row.place):
@@ -150,25 +167,34 @@ def _build(
             writer.add(segments, found.number, pair_key(found.pair), flags)
         waiting.clear()
 
-    for found in pairs_of(source, config, encoder, lint, bad, report):
+    for found in pairs_of(source, config.for_source(source_config), encoder, lint, bad, report):
         waiting.append(found)
         if len(waiting) == PAIRS_AT_ONCE:
             flush()
     flush()
 
 
-def _as_chat(pair: Pair, answer: str) -> Chat:
-    return Chat([*pair.prompt, {"role": "assistant", "content": answer}])
+def _as_chat(pair: Pair, answer: Message) -> Chat:
+    return Chat([*pair.prompt, answer], pair.tools)
 
 
-def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, Plan]]) -> list[Sides]:
-    """The ids of many pairs. Both answers stand in the same plan, so they meet the same prompt."""
-    chats = [(_as_chat(pair, answer), plan) for pair, plan in planned for answer in (pair.chosen, pair.rejected)]
-    split = [split_answer(parts) for parts in encoder.encode(chats)]
-    return [
-        ([i for part in prompt for i in part.ids], chosen, rejected)
-        for (prompt, chosen), (_, rejected) in zip(split[::2], split[1::2], strict=True)
+def _plans(pair: Pair, encoder: ChatEncoder) -> tuple[Plan, Plan]:
+    return encoder.plan(_as_chat(pair, pair.chosen)), encoder.plan(_as_chat(pair, pair.rejected))
+
+
+def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, tuple[Plan, Plan]]]) -> list[Sides | None]:
+    """The ids of many pairs; None where the template shows the prompt otherwise before one answer than before the other."""
+    chats = [
+        (_as_chat(pair, answer), plan)
+        for pair, plans in planned
+        for answer, plan in zip((pair.chosen, pair.rejected), plans, strict=True)
     ]
+    split = [split_answer(parts) for parts in encoder.encode(chats)]
+    found: list[Sides | None] = []
+    for (parts, chosen), (others, rejected) in zip(split[::2], split[1::2], strict=True):
+        prompt, other = ([i for part in side for i in part.ids] for side in (parts, others))
+        found.append((prompt, chosen, rejected) if prompt == other else None)
+    return found
 
 
 def _arrays(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -215,8 +241,11 @@ def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides,
 
 
 def encode_whole(pair: Pair, encoder: ChatEncoder) -> Sides:
-    """All ids of a pair. Raises `RowError` where the template refuses the prompt."""
-    return _encode(encoder, [(pair, encoder.plan(_as_chat(pair, pair.chosen)))])[0]
+    """All ids of a pair. Raises `RowError` where the template refuses it, or shows the prompt in two ways."""
+    (sides,) = _encode(encoder, [(pair, _plans(pair, encoder))])
+    if sides is None:
+        raise RowError("the tokenizer's chat template shows the prompt otherwise before one answer than before the other")
+    return sides
 
 
 def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segment, Segment]:
