@@ -1,6 +1,6 @@
 """What a stage reads. One config class for each kind of data set."""
 
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -142,16 +142,14 @@ class ChatDatasetConfig(DatasetConfig):
     mixture may have its own; every row must have the columns named here."""
     roles: dict[str, Role] | None = None
     """Who speaks (`system`, `user`, `assistant`, `tool`), by the name of the role in the data: `roles: {bot: assistant}`."""
-    layouts: ClassVar[Any]
 
     @model_validator(mode="after")
-    def _check_layouts(self) -> Self:
+    def _check_adapters(self) -> Self:
+        layouts = get_args(get_args(type(self).model_fields["adapter"].annotation)[0])
         for name, source in self.sources().items():
-            if source.adapter is not None and source.adapter not in get_args(self.layouts):
-                known = ", ".join(get_args(self.layouts))
-                raise ValueError(
-                    f"dataset_name={name!r}: adapter={source.adapter!r} is not for this stage (its layouts: {known})"
-                )
+            if source.adapter not in (None, *layouts):
+                known = ", ".join(layouts)
+                raise ValueError(f"dataset_name={name!r}: adapter={source.adapter!r} is no layout of this stage ({known})")
         return self
 
     def for_source(self, source: SourceConfig) -> Self:
@@ -161,8 +159,6 @@ class ChatDatasetConfig(DatasetConfig):
 
 class InstructionDatasetConfig(ChatDatasetConfig):
     """Chats or instruction/answer rows for supervised fine-tuning. Only the assistant's words and its end token count."""
-
-    layouts: ClassVar[Any] = InstructionAdapterName
 
     adapter: InstructionAdapterName | None = None
     """Layout of the rows. None: found by the columns of each."""
@@ -219,7 +215,6 @@ class PreferenceDatasetConfig(ChatDatasetConfig):
     everything up to the last `Assistant:`.
     """
 
-    layouts: ClassVar[Any] = PreferenceAdapterName
     adapter: PreferenceAdapterName | None = None
     """Layout of the rows. None: found by the columns of each."""
     prompt_field: str | None = None

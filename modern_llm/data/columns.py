@@ -9,7 +9,7 @@ from typing import Any
 from modern_llm.config.data import ChatDatasetConfig
 from modern_llm.config.io import parse_json
 
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "history")
 """Columns that may hold messages, besides those that a config names."""
 MEANINGFUL_COLUMNS = {
@@ -42,48 +42,56 @@ class Columns(UserDict[str, Any]):
         self.read.add(name)
         return super().__getitem__(name)
 
+    @classmethod
+    def standard(cls, row: Mapping[str, Any], config: ChatDatasetConfig) -> "Columns":
+        """A row as every layout expects it: columns renamed, nulls taken out, messages that were written as text read.
+
+        Raises:
+            RowError: a column of `config.columns` is absent, or the row holds images, sound or video.
+        """
+        if isinstance(row, Columns):
+            return row
+        renamed = config.columns or {}
+        if absent := next((name for name in renamed.values() if name not in row), None):
+            raise RowError(f"no column {absent!r}, which 'columns' of the config names (columns: {column_names(row)})")
+        kept = {name: value for name, value in row.items() if name not in renamed and name not in renamed.values()}
+        columns = cls({**kept, **{standard: row[name] for standard, name in renamed.items()}}, config)
+        for name in MEDIA_COLUMNS & {*columns, *columns.nulls}:
+            if not is_empty(columns.data.get(name)) or f"<{name.rstrip('s')}>" in str(columns.data):
+                raise RowError(
+                    f"column {name!r} belongs to the row's words: only text can be trained on, so leave such rows out"
+                )
+        fields = (getattr(config, f"{word}_field", None) for word in ("prompt", "response", "chosen", "rejected"))
+        for name in {*MESSAGE_COLUMNS, *filter(None, fields)}:
+            text = columns.data.get(name)
+            if isinstance(text, str) and (messages := _messages_in(text, pairs=name == "history")) is not None:
+                columns[name] = messages
+                columns.found.add("found_messages_as_text")
+            elif isinstance(text, str) and _LOOKS_LIKE_MESSAGES.match(text):
+                columns.found.add("found_text_like_messages")
+        return columns
+
+    def required(self, name: str, remedy: str = "") -> Any:
+        """What a column holds. Raises `RowError`, with the remedy, where it is missing."""
+        if name not in self:
+            raise RowError(f"no column '{name}' (columns: {column_names(self)})" + (f": {remedy}" if remedy else ""))
+        return self[name]
+
     def findings(self) -> tuple[str, ...]:
         """Names of counts for the report; among them `ignored_…` for each meaningful column that the layout did not read."""
         unread = (name for name in self.expected - self.read if not is_empty(self.data.get(name)))
         return tuple(sorted({*self.found, *(f"ignored_{name}" for name in unread)}))
 
 
-def standard_columns(row: Mapping[str, Any], config: ChatDatasetConfig) -> Columns:
-    """A row as every layout expects it: columns renamed, nulls taken out, messages that were written as text read.
-
-    Raises:
-        RowError: a column of `config.columns` is absent, or the row holds images, sound or video.
-    """
-    if isinstance(row, Columns):
-        return row
-    renamed = config.columns or {}
-    if absent := next((name for name in renamed.values() if name not in row), None):
-        raise RowError(f"no column {absent!r}, which 'columns' of the config names (columns: {column_names(row)})")
-    kept = {name: value for name, value in row.items() if name not in renamed and name not in renamed.values()}
-    columns = Columns({**kept, **{standard: row[name] for standard, name in renamed.items()}}, config)
-    for name in set(MEDIA_COLUMNS) & (columns.keys() | columns.nulls):
-        if not is_empty(columns.data.get(name)) or f"<{name.rstrip('s')}>" in str(columns.data):
-            raise RowError(f"column {name!r} belongs to the row's words: only text can be trained on, so leave such rows out")
-    fields = (getattr(config, f"{word}_field", None) for word in ("prompt", "response", "chosen", "rejected"))
-    for name in {*MESSAGE_COLUMNS, *filter(None, fields)}:
-        text = columns.data.get(name)
-        if isinstance(text, str) and text.lstrip()[:1] in ("[", "{"):
-            if (messages := _messages_in(text)) is not None:
-                columns[name] = messages
-            if messages is not None or _LOOKS_LIKE_MESSAGES.match(text):
-                columns.found.add("found_text_like_messages" if messages is None else "found_messages_as_text")
-    return columns
-
-
-def _messages_in(text: str) -> Any:
-    """The messages (or the pairs of a history) that a text spells out as JSON or as Python does; None if it is only text."""
-    for parse in (parse_json, ast.literal_eval):
+def _messages_in(text: str, pairs: bool) -> Any:
+    """The messages, or `[question, answer]` pairs, that a text spells out as JSON or Python does; None if it is only text."""
+    for parse in (parse_json, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
         try:
             value = parse(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         entries = value if isinstance(value, list) else [value]
-        if entries and all(_is_message(entry) or (isinstance(entry, list) and len(entry) == 2) for entry in entries):
+        if entries and all(_is_message(entry) or (pairs and isinstance(entry, list)) for entry in entries):
             return value
     return None
 
@@ -120,7 +128,7 @@ def checked_text(value: Any, place: str) -> str:
     return value
 
 
-def text_column(row: Mapping[str, Any], name: str, remedy: str = "") -> str:
+def text_column(row: Columns, name: str, remedy: str = "") -> str:
     """The text of a column.
 
     Args:
@@ -131,14 +139,7 @@ def text_column(row: Mapping[str, Any], name: str, remedy: str = "") -> str:
     Raises:
         RowError: the column is missing or holds something else.
     """
-    return checked_text(value_of(row, name, remedy), f"column '{name}'")
-
-
-def value_of(row: Mapping[str, Any], name: str, remedy: str = "") -> Any:
-    """What a column holds. Raises `RowError`, with the remedy, where it is missing."""
-    if name not in row:
-        raise RowError(f"no column '{name}' (columns: {column_names(row)})" + (f": {remedy}" if remedy else ""))
-    return row[name]
+    return checked_text(row.required(name, remedy), f"column '{name}'")
 
 
 def checked_list(value: Any, place: str, what: str) -> list[Any]:
@@ -158,13 +159,13 @@ def first_present(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in row), None)
 
 
-def optional_text(row: Mapping[str, Any], names: Sequence[str]) -> str:
+def optional_text(row: Columns, names: Sequence[str]) -> str:
     """The first of these columns that has words; empty if none has."""
     texts = [text_column(row, name) for name in names if row.get(name) is not None]
     return next((text for text in texts if text.strip()), "")
 
 
-def asked_text(row: Mapping[str, Any], name: str, material: Sequence[str] = (), remedy: str = "") -> str:
+def asked_text(row: Columns, name: str, material: Sequence[str] = (), remedy: str = "") -> str:
     """The user's words: a column and, below it after a blank line, the columns with what it speaks about."""
     texts = [optional_text(row, [more]) for more in material]
     return "\n\n".join([text_column(row, name, remedy), *filter(None, texts)])

@@ -12,16 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from modern_llm.config.data import InstructionAdapterName, InstructionDatasetConfig
-from modern_llm.data.columns import (
-    Columns,
-    RowError,
-    asked_text,
-    checked_list,
-    column_names,
-    first_present,
-    standard_columns,
-    text_column,
-)
+from modern_llm.data.columns import Columns, RowError, asked_text, checked_list, column_names, first_present, text_column
 from modern_llm.data.messages import (
     Chat,
     Message,
@@ -65,10 +56,8 @@ def read_chat(row: Row, config: InstructionDatasetConfig) -> Chat | str:
     Raises:
         RowError: the row is of no known layout, or not as its layout wants it.
     """
-    columns = standard_columns(row, config)
-    adapt = _adapt_named(config.prompt_field, config.response_field) or _adapter(columns, config).adapt
-    columns.read.clear()  # the layouts looked at them
-    chat = adapt(columns)
+    columns = Columns.standard(row, config)
+    chat = _read(columns, config)
     if isinstance(chat, str):
         return chat
     messages = chat.messages
@@ -77,19 +66,15 @@ def read_chat(row: Row, config: InstructionDatasetConfig) -> Chat | str:
     return Chat(messages, chat.tools, columns.findings())
 
 
-def _adapt_named(prompt: str | None, response: str | None) -> Callable[[Columns], Chat | str] | None:
-    if prompt is None or response is None:
-        return None
-    material = ("input",) if prompt == "instruction" else ()
-    return lambda row: _chat(row, [*_asked(row, prompt, material), *_answered(row, response)])
-
-
-def _adapter(row: Columns, config: InstructionDatasetConfig) -> InstructionAdapter:
+def _read(row: Columns, config: InstructionDatasetConfig) -> Chat | str:
+    if config.prompt_field is not None and config.response_field is not None:
+        material = ("input",) if config.prompt_field == "instruction" else ()
+        return _chat(row, [*_asked(row, config.prompt_field, material), *_answered(row, config.response_field)])
     if config.adapter is not None:
-        return INSTRUCTION_ADAPTERS[config.adapter]
+        return INSTRUCTION_ADAPTERS[config.adapter].adapt(row)
     for adapter in INSTRUCTION_ADAPTERS.values():
         if adapter.recognises(row):
-            return adapter
+            return adapter.adapt(row)
     layouts = "; ".join(f"{name}: {adapter.columns}" for name, adapter in INSTRUCTION_ADAPTERS.items())
     raise RowError(
         f"columns {column_names(row)} are no instruction layout that is known ({layouts}): "

@@ -10,7 +10,7 @@ import numpy as np
 
 from modern_llm.config.data import InstructionDatasetConfig, SourceConfig
 from modern_llm.data.chat import ChatEncoder, ChatPart, Plan
-from modern_llm.data.columns import Columns, RowError, standard_columns
+from modern_llm.data.columns import Columns, RowError
 from modern_llm.data.instruction_adapters import needs_regrouping, read_chat, threads
 from modern_llm.data.lint import check_words
 from modern_llm.data.messages import Chat, prompt_text
@@ -101,12 +101,13 @@ def chats_of(
         bad: hears of rows that cannot be read.
         report: gets the counts.
     """
-    rows = _standard_rows(source, config, bad, report)
+    rows = read_rows(source, bad, report)
     first = next(rows, None)
     if first is None:
         return
-    every: Iterator[tuple[tuple[int, Row], Mapping[str, Any]]] = itertools.chain([first], rows)
-    if config.adapter in (None, "oasst") and needs_regrouping(first[1]):
+    every: Iterator[tuple[tuple[int, Row], Mapping[str, Any]]]
+    every = ((item, item[1].values) for item in itertools.chain([first], rows))
+    if config.adapter in (None, "oasst") and needs_regrouping(first[1].values):
         every = ((place, Columns(thread, config)) for place, thread in threads(every))
     for (number, row), values in every:
         try:
@@ -124,18 +125,6 @@ def chats_of(
                 count(report, "found_text_that_the_template_rewrites")
             check_words(chat.messages, encoder, row.place, report)
             yield FoundChat(number, row, chat, plan)
-
-
-def _standard_rows(
-    source: Source, config: InstructionDatasetConfig, bad: BadRows, report: Report
-) -> Iterator[tuple[tuple[int, Row], Columns]]:
-    for number, row in read_rows(source, bad, report):
-        try:
-            columns = standard_columns(row.values, config)
-        except RowError as error:
-            bad(f"{row.place}: {error}")
-            continue
-        yield (number, row), columns
 
 
 def _build(

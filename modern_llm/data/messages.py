@@ -7,31 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from modern_llm.config.io import parse_json
-from modern_llm.data.columns import (
-    MEDIA_COLUMNS,
-    Columns,
-    RowError,
-    checked_list,
-    checked_text,
-    is_empty,
-    optional_text,
-    value_of,
-    without_nulls,
-)
+from modern_llm.data.columns import MEDIA_COLUMNS, Columns, RowError, checked_list, checked_text, optional_text, without_nulls
 
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": text}`. An assistant's may carry `tool_calls`, a list of
 `{"type": "function", "function": {"name": text, "arguments": mapping}}`; `reasoning_content`, text that it thought before; and
 `"train": False` if its words do not count. A tool's may carry its `name` and the `tool_call_id` that it answers."""
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | dict.fromkeys(
+    ("tool", "function"), "tool"
+)
 """Roles of messages with `role` and `content` (OpenAI, TRL)."""
 
 SHAREGPT_ROLES = {
@@ -120,7 +105,7 @@ def read_tools(row: Columns) -> list[dict[str, Any]] | None:
     Raises:
         RowError: it is neither, or a function has no name.
     """
-    column = "tools" if not is_empty(row.get("tools")) else "functions"
+    column = "tools" if row.get("tools") else "functions"
     value, place = row.get(column), f"column {column!r}"
     value = (_parsed(value, place) if value.strip() else None) if isinstance(value, str) else without_nulls(value)
     tools = []
@@ -149,7 +134,7 @@ def read_messages(value: Any, place: str, row: Columns) -> list[Message]:
 
 def messages_column(row: Columns, name: str) -> list[Message]:
     """The messages of a column. Raises `RowError`."""
-    return read_messages(value_of(row, name), f"column '{name}'", row)
+    return read_messages(row.required(name), f"column '{name}'", row)
 
 
 def with_system(row: Columns, messages: list[Message]) -> list[Message]:
@@ -199,9 +184,9 @@ def read_message(fields: Any, place: str, row: Columns) -> Message:
         if not _counts(fields, place):
             message["train"] = False
     for key in fields.keys() - {role_key, content_key} - READ_KEYS.get(role, set()) - HARMLESS_KEYS:
-        if key in MEDIA_COLUMNS and not is_empty(fields[key]):
+        if key in MEDIA_COLUMNS and fields[key]:
             raise RowError(f"{place}: '{key}' is no text, and only text can be trained on: leave such rows out")
-        if fields[key] and not is_empty(fields[key]):
+        if fields[key]:
             row.found.add(f"ignored_{key}")
     return message
 
@@ -212,7 +197,7 @@ def _only_one(values: Mapping[str, Any], place: str) -> Any:
     Raises:
         RowError: two keys say different things.
     """
-    said = {key: value for key, value in values.items() if not is_empty(value)}
+    said = {key: value for key, value in values.items() if value}
     if any(value != first for first in list(said.values())[:1] for value in said.values()):
         raise RowError(f"{place}: {' and '.join(map(repr, said))} say different things: leave one of them out")
     return next(iter((said or values).values()))

@@ -19,9 +19,7 @@ from modern_llm.data.columns import (
     checked_text,
     column_names,
     first_present,
-    standard_columns,
     text_column,
-    value_of,
 )
 from modern_llm.data.messages import (
     Message,
@@ -38,7 +36,7 @@ from modern_llm.data.messages import (
     system_turn,
     with_system,
 )
-from modern_llm.data.preference_scores import rated_answers, score_ratio, side_scores
+from modern_llm.data.preference_scores import Scores, rated_answers, score_ratio, side_scores
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction")
 MATERIAL_COLUMNS = {"question": ("context",), "instruction": ("input", "context")}
@@ -76,22 +74,20 @@ def read_pair(row: Mapping[str, Any], config: PreferenceDatasetConfig) -> PairRo
     Raises:
         RowError: the row is of no known layout, or not as its layout wants it.
     """
-    columns = standard_columns(row, config)
-    adapt = _adapter(columns, config)
-    columns.read.clear()  # the layouts looked at them
-    pair = adapt(columns, config)
+    columns = Columns.standard(row, config)
+    pair = _read(columns, config)
     return pair if isinstance(pair, str) else replace(pair, found=columns.findings())
 
 
-def _adapter(row: Columns, config: PreferenceDatasetConfig) -> Callable[[Columns, PreferenceDatasetConfig], PairRow | str]:
+def _read(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     if config.adapter is not None:
-        return PREFERENCE_ADAPTERS[config.adapter].adapt
+        return PREFERENCE_ADAPTERS[config.adapter].adapt(row, config)
     for adapter in PREFERENCE_ADAPTERS.values():
         if adapter.recognises(row, config):
-            return adapter.adapt
+            return adapter.adapt(row, config)
     has_one_side = config.chosen_field in row or config.rejected_field in row
     if has_one_side or config.prompt_field is not None or _names_its_sides(config):
-        return adapt_prompt_pair  # says which column is missing
+        return adapt_prompt_pair(row, config)  # says which column is missing
     layouts = "; ".join(f"{name}: {adapter.columns}" for name, adapter in PREFERENCE_ADAPTERS.items())
     one_sided = first_present(row, ("label", "kto_tag"))
     hint = f"; rows with one answer and a verdict ('{one_sided}'), as for KTO, are no pairs" if one_sided else ""
@@ -162,7 +158,7 @@ def adapt_shp(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     better, worse = ("A", "B") if label else ("B", "A")
     answers = (text_column(row, f"human_ref_{side}") for side in (better, worse))
     prompt = [*system_turn(row), *_user(text_column(row, "history"))]
-    return _text_pair(row, config, prompt, *answers, names=(better, worse))
+    return _text_pair(row, config, prompt, *answers, scores=side_scores(row, config, (better, worse)))
 
 
 def adapt_stack_exchange(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
@@ -220,23 +216,9 @@ def adapt_rated(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
 
 
 def _pair(
-    row: Columns,
-    config: PreferenceDatasetConfig,
-    chosen: list[Message],
-    rejected: list[Message],
-    names: tuple[str, str] | None = None,
-    scores: tuple[float | None, float | None] | None = None,
+    row: Columns, config: PreferenceDatasetConfig, chosen: list[Message], rejected: list[Message], scores: Scores | None = None
 ) -> PairRow | str:
-    """A pair from two chats, each ending with its answer.
-
-    Args:
-        row: has the tools, and the scores of the sides.
-        config: says which scores are too close.
-        chosen: with the prompt.
-        rejected: with the prompt.
-        names: of the sides, in the names of score columns. None: those of the config.
-        scores: of the sides, where the layout has them elsewhere.
-    """
+    """A pair from two chats, each ending with its answer. `scores` are those of the row's columns, if none are given."""
     prompt, answers = chosen[:-1], (chosen[-1], rejected[-1])
     differ = prompt_text(prompt) != prompt_text(rejected[:-1])
     # prompts that differ often do so in their last turns: which fault counts is then for the checks to say
@@ -245,7 +227,7 @@ def _pair(
         return "turns_out_of_order"
     if any(answer.get("train") is False for answer in answers):
         return "no_turn_counts"
-    scores = scores or side_scores(row, config, names or (config.chosen_field, config.rejected_field))
+    scores = scores or side_scores(row, config, (config.chosen_field, config.rejected_field))
     if scores is not None and config.min_score_ratio > 0 and score_ratio(*scores) < config.min_score_ratio:
         return "score_ratio"
     disagree = scores is not None and None not in scores and scores[0] < scores[1]  # type: ignore[operator]
@@ -285,7 +267,7 @@ def _sides(config: PreferenceDatasetConfig) -> list[tuple[str, str]]:
 
 def _side(row: Columns, name: str, remedy: str, strip: bool = False) -> list[Message]:
     """The turns of one side, its answer last."""
-    value, place = value_of(row, name, remedy), f"column '{name}'"
+    value, place = row.required(name, remedy), f"column '{name}'"
     if isinstance(value, Mapping):
         return [read_message(value, place, row)]
     if isinstance(value, list):

@@ -96,8 +96,8 @@ class FoundPair:
     number: int
     row: Row
     pair: Pair
-    plans: tuple[Plan, Plan]
-    """Of the prompt with each answer: calls and thoughts may need another one than words."""
+    chats: list[tuple[Chat, Plan]]
+    """The prompt with each answer, chosen first; calls and thoughts may need another plan than words."""
 
 
 def pairs_of(
@@ -116,7 +116,7 @@ def pairs_of(
     for number, row in read_rows(source, bad, report, "pairs"):
         try:
             found = read_pair(row.values, config)
-            plans = _plans(found.pair, encoder) if isinstance(found, PairRow) else ((), ())
+            chats = _planned(found.pair, encoder) if isinstance(found, PairRow) else []
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
@@ -126,10 +126,10 @@ def pairs_of(
             pair = found.pair
             for name in found.found:
                 count(report, name)
-            if any(encoder.rewrites(_as_chat(pair, answer)) for answer in (pair.chosen, pair.rejected)):
+            if any(encoder.rewrites(chat) for chat, _ in chats):
                 count(report, "found_text_that_the_template_rewrites")
             check_words([*pair.prompt, pair.chosen, pair.rejected], encoder, row.place, report)
-            yield FoundPair(number, row, pair, plans)
+            yield FoundPair(number, row, pair, chats)
 
 
 def _build(
@@ -146,7 +146,7 @@ def _build(
     lint = Lint(config.lint, report)
 
     def flush() -> None:
-        encoded = _encode(encoder, [(found.pair, found.plans) for found in waiting])
+        encoded = _encode(encoder, [found.chats for found in waiting])
         for found, sides in zip(waiting, encoded, strict=True):
             if sides is None:
                 count(report, "dropped_because_template_shows_two_prompts")
@@ -178,23 +178,16 @@ def _as_chat(pair: Pair, answer: Message) -> Chat:
     return Chat([*pair.prompt, answer], pair.tools)
 
 
-def _plans(pair: Pair, encoder: ChatEncoder) -> tuple[Plan, Plan]:
-    return encoder.plan(_as_chat(pair, pair.chosen)), encoder.plan(_as_chat(pair, pair.rejected))
+def _planned(pair: Pair, encoder: ChatEncoder) -> list[tuple[Chat, Plan]]:
+    return [(chat, encoder.plan(chat)) for chat in (_as_chat(pair, pair.chosen), _as_chat(pair, pair.rejected))]
 
 
-def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, tuple[Plan, Plan]]]) -> list[Sides | None]:
+def _encode(encoder: ChatEncoder, pairs: Sequence[list[tuple[Chat, Plan]]]) -> list[Sides | None]:
     """The ids of many pairs; None where the template shows the prompt otherwise before one answer than before the other."""
-    chats = [
-        (_as_chat(pair, answer), plan)
-        for pair, plans in planned
-        for answer, plan in zip((pair.chosen, pair.rejected), plans, strict=True)
-    ]
-    split = [split_answer(parts) for parts in encoder.encode(chats)]
-    found: list[Sides | None] = []
-    for (parts, chosen), (others, rejected) in zip(split[::2], split[1::2], strict=True):
-        prompt, other = ([i for part in side for i in part.ids] for side in (parts, others))
-        found.append((prompt, chosen, rejected) if prompt == other else None)
-    return found
+    split = [split_answer(parts) for parts in encoder.encode([chat for chats in pairs for chat in chats])]
+    ids = [([i for part in prompt for i in part.ids], answer) for prompt, answer in split]
+    sides = zip(ids[::2], ids[1::2], strict=True)
+    return [(prompt, chosen, rejected) if prompt == other else None for (prompt, chosen), (other, rejected) in sides]
 
 
 def _arrays(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +235,7 @@ def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides,
 
 def encode_whole(pair: Pair, encoder: ChatEncoder) -> Sides:
     """All ids of a pair. Raises `RowError` where the template refuses it, or shows the prompt in two ways."""
-    (sides,) = _encode(encoder, [(pair, _plans(pair, encoder))])
+    (sides,) = _encode(encoder, [_planned(pair, encoder)])
     if sides is None:
         raise RowError("the tokenizer's chat template shows the prompt otherwise before one answer than before the other")
     return sides

@@ -12,37 +12,42 @@ ANSWER_KEYS = ("text", "response", "content", "answer")
 SCORE_KEYS = ("score", "rating", "overall_score", "fine-grained_score")
 SCORE_COLUMNS = ("scores", "ratings")
 RANK_COLUMNS = ("ranks", "rank")
-SIDE_SCORES = ("score", "rating", "avg_rating", "reward")
-"""Words for the score of one side, before or behind the side's name."""
+SCORE_COLUMNS_OF_SIDES = [
+    form.format(word, "{}")
+    for form in ("{0}_{1}", "{1}_{0}", "{1}-{0}")
+    for word in ("score", "rating", "avg_rating", "reward")
+]
+"""Columns with the score of one side, the side's name left open: `score_{}`, `{}_score`, `{}-rating`, …"""
+Scores = tuple[float | None, float | None]
+"""Of the better and of the worse side; None where a score is missing."""
 
 
-def side_scores(
-    row: Columns, config: PreferenceDatasetConfig, names: tuple[str, str]
-) -> tuple[float | None, float | None] | None:
-    """The scores of the better and of the worse side; None if there are none.
+def side_scores(row: Columns, config: PreferenceDatasetConfig, names: tuple[str, str]) -> Scores | None:
+    """The scores of the sides; None if the row has none. What is no number is missing.
+
+    Args:
+        row: has them in columns such as `score_chosen` and `score_rejected`.
+        config: says whether they are needed.
+        names: of the better and the worse side.
 
     Raises:
-        RowError: `min_score_ratio` needs them, and they are absent or no numbers.
+        RowError: `min_score_ratio` needs scores, and there are none.
     """
-    forms = ("{word}_{side}", "{side}_{word}", "{side}-{word}")
-    pairs = [(names, form, word) for names in (names, ("chosen", "rejected")) for form in forms for word in SIDE_SCORES]
-    known = {*row, *row.nulls}
-    for sides, form, word in pairs:
-        columns = [form.format(side=side, word=word) for side in sides]
-        if known.issuperset(columns):
-            try:
-                better, worse = (_number(row.get(name), f"column '{name}'", text=True) for name in columns)
-            except RowError:
-                if config.min_score_ratio > 0:
-                    raise
-                row.found.add("ignored_scores")
-                return None
-            return better, worse
+    for better, worse in (names, ("chosen", "rejected")):
+        for form in SCORE_COLUMNS_OF_SIDES:
+            columns = form.format(better), form.format(worse)
+            if {*row, *row.nulls}.issuperset(columns):
+                return _parsed_number(row.get(columns[0])), _parsed_number(row.get(columns[1]))
     if config.min_score_ratio > 0:
-        wanted = " and ".join(forms[0].format(side=side, word=SIDE_SCORES[0]) for side in names)
-        raise RowError(
-            f"min_score_ratio needs a score of each side, such as the columns {wanted} (columns: {column_names(row)})"
-        )
+        expected = f"score_{names[0]} and score_{names[1]}"
+        raise RowError(f"min_score_ratio needs a score of each side, such as {expected} (columns: {column_names(row)})")
+    return None
+
+
+def _parsed_number(value: Any) -> float | None:
+    """A number, which may be written as text, as in CSV files; None if it is something else."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        return float(value) if math.isfinite(float(value)) else None
     return None
 
 
@@ -69,11 +74,7 @@ def rated_answers(row: Columns, column: str) -> tuple[list[tuple[float, str]], b
     return [(-number if are_ranks else number, text) for number, text in known], are_ranks
 
 
-def _number(value: Any, place: str, text: bool = False) -> float | None:
-    """A score; None where it is missing. With `text` it may be written as text, as in CSV files."""
-    if text and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # refused below
-            value = float(value) if value.strip() else None
+def _number(value: Any, place: str) -> float | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:

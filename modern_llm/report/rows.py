@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modern_llm.config import InstructionDatasetConfig, PipelineConfig, PreferenceDatasetConfig, UserError
-from modern_llm.config.data import ChatDatasetConfig, DatasetConfig
+from modern_llm.config.data import DatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
@@ -35,7 +34,6 @@ from modern_llm.data.store import CUT_START
 from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_tokenizer, train_tokenizer
 from modern_llm.initial.checkpoint import read_initial
 
-_Config = TypeVar("_Config", bound=ChatDatasetConfig)
 LEGEND = {"trained": "bold green", "context": "dim", "cut": "red strike"}
 
 
@@ -123,16 +121,15 @@ def _blocks(prepared: PreparedData) -> Iterator[Shown]:
         yield Shown(f"block {i}: {len(segments)} documents", ids, kinds)
 
 
-def _sources(config: _Config, kind: Kind) -> Iterator[tuple[Source, _Config]]:
-    """Every source, and the config by which its rows are read."""
+def _sources(config: DatasetConfig, kind: Kind) -> Iterator[tuple[Source, SourceConfig]]:
     for name, source in config.sources().items():
-        yield open_source(name, source, kind), config.for_source(source)
+        yield open_source(name, source, kind), source
 
 
 def _chats(config: InstructionDatasetConfig, encoder: ChatEncoder) -> Iterator[Shown]:
     bad = BadRows(skip=config.on_bad_row == "skip")
     for source, settings in _sources(config, "instructions"):
-        for found in chats_of(source, settings, encoder, bad, {"rows_read": 0}):
+        for found in chats_of(source, config.for_source(settings), encoder, bad, {"rows_read": 0}):
             (parts,) = encoder.encode([(found.chat, found.plan)])
             ids, scored = segment_arrays([(part.ids, part.scored) for part in parts])
             kept = within_limit(parts, config)
@@ -149,7 +146,7 @@ def _pairs(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder
     bad = BadRows(skip=config.on_bad_row == "skip")
     for source, settings in _sources(config, "preferences"):
         lint = Lint(config.lint, {})
-        for found in pairs_of(source, settings, encoder, lint, bad, {"rows_read": 0}):
+        for found in pairs_of(source, config.for_source(settings), encoder, lint, bad, {"rows_read": 0}):
             whole = encode_whole(found.pair, encoder)
             kept = within_limits(whole, dpo, config.truncation)
             if is_over(whole, dpo) and not lint.verdict("over_limit", found.row.place):

@@ -585,9 +585,15 @@ UNKNOWN_ROLE = (
             {"messages": [says("user", "Who?", images=["a.png"]), says("assistant", "Anna.")]},
             "column 'messages' message 0: 'images' is no text, and only text can be trained on",
         ),
-        ({"messages": ASKED_MESSAGES, "images": ["a.png"]}, "column 'images' belongs to the row's words: only text can be"),
-        ({"prompt": "<image> Who?", "completion": "Anna.", "image": None}, "column 'image' belongs to the row's words: only"),
-        ({"prompt": "<audio> Who?", "completion": "Anna.", "audios": []}, "column 'audios' belongs to the row's words: only"),
+        ({"messages": ASKED_MESSAGES, "images": ["a.png"]}, "column 'images' belongs to the row's words"),
+        (
+            {"prompt": "<image> Who?", "completion": "Anna.", "image": None},
+            "column 'image' belongs to the row's words",
+        ),
+        (
+            {"prompt": "<audio> Who?", "completion": "Anna.", "audios": []},
+            "column 'audios' belongs to the row's words",
+        ),
         (
             {"prompt": "Who?", "completion": "Anna.", "history": [{"role": "bot", "content": "x"}]},
             "column 'history' entry 0: 'role' must be one of",

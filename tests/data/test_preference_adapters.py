@@ -416,10 +416,10 @@ def test_shp_whose_scores_disagree_with_its_label_is_doubtful() -> None:
     assert read(SHP | {"labels": 1}).doubts == ("scores_disagree",)  # type: ignore[union-attr]
 
 
-def test_scores_that_are_no_numbers_are_counted() -> None:
+def test_scores_that_are_no_numbers_are_missing() -> None:
     row = {"prompt": "Who bakes?", **SIDES, "score_chosen": "high", "score_rejected": "low"}
-    assert read(row).found == ("ignored_scores",)  # type: ignore[union-attr]
-    assert "column 'score_chosen' must be a finite number" in refusal(row, min_score_ratio=2.0)
+    assert pair(row) == PAIR
+    assert read(row, min_score_ratio=2.0) == "score_ratio"
 
 
 # What goes with a prompt
@@ -477,6 +477,7 @@ def test_messages_that_are_written_as_text_are_messages(write) -> None:
         ("[1, 2]", ()),
         ('{"name": "Anna"}', ()),
         ("[Anna]", ()),
+        ("[[1, 2], [3, 4]]", ()),
         ('[{"role": "user", "content": "q"} {"role"', ("found_text_like_messages",)),
     ],
 )
@@ -576,7 +577,7 @@ def test_a_least_score_ratio_without_scores_is_refused() -> None:
     row = {name: value for name, value in SHP.items() if name not in ("score_A", "score_B")}
     assert pair(row) == PAIR
     assert refusal(row, min_score_ratio=2.0).startswith(
-        "min_score_ratio needs a score of each side, such as the columns score_B and score_A (columns: post_id,"
+        "min_score_ratio needs a score of each side, such as score_B and score_A (columns: post_id,"
     )
 
 
