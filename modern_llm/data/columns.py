@@ -33,7 +33,7 @@ class Columns(UserDict[str, Any]):
         self.data = {name: value for name, value in values.items() if value is not None}
         self.nulls = [name for name, value in values.items() if value is None]
         self.roles: Mapping[str, str] = (config and config.roles) or {}
-        self.expected = MEANINGFUL_COLUMNS | ((config and config.columns) or {}).keys()
+        self.renamed = set((config and config.columns) or ())
         self.found: set[str] = set()
         """Counts for the report, by name."""
         self.read: set[str] = set()
@@ -79,8 +79,8 @@ class Columns(UserDict[str, Any]):
 
     def findings(self) -> tuple[str, ...]:
         """Names of counts for the report; among them `ignored_…` for each meaningful column that the layout did not read."""
-        unread = (name for name in self.expected - self.read if not is_empty(self.data.get(name)))
-        return tuple(sorted({*self.found, *(f"ignored_{name}" for name in unread)}))
+        unread = [name for name in self.data.keys() - self.read if name in MEANINGFUL_COLUMNS or name in self.renamed]
+        return tuple(sorted({*self.found, *(f"ignored_{name}" for name in unread if not is_empty(self.data[name]))}))
 
 
 def _messages_in(text: str, pairs: bool) -> Any:

@@ -107,6 +107,8 @@ def read_tools(row: Columns) -> list[dict[str, Any]] | None:
     """
     column = "tools" if row.get("tools") else "functions"
     value, place = row.get(column), f"column {column!r}"
+    if not value:
+        return None
     value = (_parsed(value, place) if value.strip() else None) if isinstance(value, str) else without_nulls(value)
     tools = []
     for tool in [value] if isinstance(value, Mapping) else checked_list(value or [], place, "functions"):
@@ -170,20 +172,21 @@ def read_message(fields: Any, place: str, row: Columns) -> Message:
     if calls and role != "assistant":
         raise RowError(f"{place}: only an assistant has 'tool_calls', not {given!r}")
     calls = [_call(call, f"{place} call {n}", row) for n, call in enumerate(calls)]
-    refusal = fields.get("refusal") if role == "assistant" else None
-    content = _only_one({content_key: content, "refusal": refusal}, place)
+    if role == "assistant" and "refusal" in fields:
+        content = _only_one({content_key: content, "refusal": fields["refusal"]}, place)
     text = "" if content is None and calls else _content(content, f"{place}: '{content_key}'")
     message: Message = {"role": role, "content": text}
     if calls:
         message["tool_calls"] = calls
     if role == "tool":
         message |= {key: checked_text(fields[key], f"{place}: '{key}'") for key in READ_KEYS[role] & fields.keys()}
-    if role == "assistant":
+    more = fields.keys() - {role_key, content_key}
+    if role == "assistant" and more:
         if thought := _only_one({key: fields.get(key) for key in REASONING_KEYS}, place):
             message["reasoning_content"] = checked_text(thought, f"{place}: the thought")
         if not _counts(fields, place):
             message["train"] = False
-    for key in fields.keys() - {role_key, content_key} - READ_KEYS.get(role, set()) - HARMLESS_KEYS:
+    for key in more and more - READ_KEYS.get(role, set()) - HARMLESS_KEYS:
         if key in MEDIA_COLUMNS and fields[key]:
             raise RowError(f"{place}: '{key}' is no text, and only text can be trained on: leave such rows out")
         if fields[key]:
@@ -213,9 +216,9 @@ def _counts(fields: Mapping[str, Any], place: str) -> bool:
         raise RowError(
             f"{place}: 'mask' has two meanings: rename it to 'train' (true: it counts) or 'masked' (true: it does not)"
         )
-    verdicts = []
-    for key in (*TRAIN_KEYS, "masked"):
-        value = fields.get(key, key != "masked")
+    verdicts = [True]
+    for key in fields.keys() & {*TRAIN_KEYS, "masked"}:
+        value = fields[key]
         if not isinstance(value, int | float) or value not in (0, 1):
             raise RowError(f"{place}: '{key}' is {value!r}: an answer counts as a whole (1, true) or not at all (0, false)")
         verdicts.append(bool(value) == (key != "masked"))
