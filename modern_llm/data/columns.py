@@ -19,7 +19,19 @@ MEANINGFUL_COLUMNS = {
 }
 """Columns that change what a row means: a layout that does not read one of them says so by a count. All others (ids, sources,
 categories, languages, scores, copies of the prompt, …) are taken for notes about the row."""
-_LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from|content|value)["']\s*:""")
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | dict.fromkeys(
+    ("tool", "function"), "tool"
+)
+"""Roles of messages with `role` and `content` (OpenAI, TRL)."""
+
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+}
+"""Roles of messages with `from` and `value` (ShareGPT, LLaMA-Factory)."""
+_LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from)["']\s*:\s*["'](user|human|system|assistant|gpt)["']""")
 
 
 class RowError(ValueError):
@@ -64,12 +76,30 @@ class Columns(UserDict[str, Any]):
         fields = (getattr(config, f"{word}_field", None) for word in ("prompt", "response", "chosen", "rejected"))
         for name in {*MESSAGE_COLUMNS, *filter(None, fields)}:
             text = columns.data.get(name)
-            if isinstance(text, str) and (messages := _messages_in(text, pairs=name == "history")) is not None:
+            if isinstance(text, str) and (messages := columns._messages_in(text, pairs=name == "history")) is not None:
                 columns[name] = messages
                 columns.found.add("found_messages_as_text")
             elif isinstance(text, str) and _LOOKS_LIKE_MESSAGES.match(text):
                 columns.found.add("found_text_like_messages")
         return columns
+
+    def _messages_in(self, text: str, pairs: bool) -> Any:
+        """The messages, or `[question, answer]` pairs, that a text spells out as JSON or Python; None if it is only text."""
+        for parse in (parse_json, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
+            try:
+                value = parse(text.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            entries = value if isinstance(value, list) else [value]
+            if entries and all(self._is_message(entry) or (pairs and isinstance(entry, list)) for entry in entries):
+                return value
+        return None
+
+    def _is_message(self, value: Any) -> bool:
+        if not isinstance(value, Mapping):
+            return False
+        role, keys = value.get("from", value.get("role")), {"content", "value", "tool_calls"}
+        return role in (*ROLES, *SHAREGPT_ROLES, *self.roles) and not keys.isdisjoint(value)
 
     def required(self, name: str, remedy: str = "") -> Any:
         """What a column holds. Raises `RowError`, with the remedy, where it is missing."""
@@ -81,24 +111,6 @@ class Columns(UserDict[str, Any]):
         """Names of counts for the report; among them `ignored_…` for each meaningful column that the layout did not read."""
         unread = [name for name in self.data.keys() - self.read if name in MEANINGFUL_COLUMNS or name in self.renamed]
         return tuple(sorted({*self.found, *(f"ignored_{name}" for name in unread if not is_empty(self.data[name]))}))
-
-
-def _messages_in(text: str, pairs: bool) -> Any:
-    """The messages, or `[question, answer]` pairs, that a text spells out as JSON or Python does; None if it is only text."""
-    for parse in (parse_json, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
-        try:
-            value = parse(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        entries = value if isinstance(value, list) else [value]
-        if entries and all(_is_message(entry) or (pairs and isinstance(entry, list)) for entry in entries):
-            return value
-    return None
-
-
-def _is_message(value: Any) -> bool:
-    keys = value.keys() if isinstance(value, Mapping) else set()
-    return not keys.isdisjoint({"role", "from"}) and not keys.isdisjoint({"content", "value", "tool_calls"})
 
 
 def is_empty(value: Any) -> bool:

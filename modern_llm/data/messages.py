@@ -7,26 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from modern_llm.config.io import parse_json
-from modern_llm.data.columns import MEDIA_COLUMNS, Columns, RowError, checked_list, checked_text, optional_text, without_nulls
+from modern_llm.data.columns import (
+    MEDIA_COLUMNS,
+    ROLES,
+    SHAREGPT_ROLES,
+    Columns,
+    RowError,
+    checked_list,
+    checked_text,
+    optional_text,
+    without_nulls,
+)
 
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": text}`. An assistant's may carry `tool_calls`, a list of
 `{"type": "function", "function": {"name": text, "arguments": mapping}}`; `reasoning_content`, text that it thought before; and
 `"train": False` if its words do not count. A tool's may carry its `name` and the `tool_call_id` that it answers."""
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | dict.fromkeys(
-    ("tool", "function"), "tool"
-)
-"""Roles of messages with `role` and `content` (OpenAI, TRL)."""
-
-SHAREGPT_ROLES = {
-    **dict.fromkeys(("system",), "system"),
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-}
-"""Roles of messages with `from` and `value` (ShareGPT, LLaMA-Factory)."""
-
 
 TRAIN_KEYS = ("train", "trainable", "training", "loss", "loss_mask", "weight", "loss_weight")
 """Keys of an answer that say true or 1 where it counts (axolotl, ms-swift, verl, OpenAI, LLaMA-Factory)."""

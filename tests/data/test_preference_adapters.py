@@ -478,6 +478,8 @@ def test_messages_that_are_written_as_text_are_messages(write) -> None:
         ('{"name": "Anna"}', ()),
         ("[Anna]", ()),
         ("[[1, 2], [3, 4]]", ()),
+        ('{"from": "Berlin", "value": 3}', ()),
+        ('[{"role": "admin", "content": "x"}]', ()),
         ('[{"role": "user", "content": "q"} {"role"', ("found_text_like_messages",)),
     ],
 )

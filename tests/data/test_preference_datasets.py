@@ -18,6 +18,7 @@ from modern_llm.data.messages import Pair
 from modern_llm.data.preference_adapters import PairRow, read_pair
 from modern_llm.data.preference_datasets import encode_pair, held_out_pairs, prepare_preferences
 from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.data.tokenizer import load_tokenizer
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -305,3 +306,18 @@ def test_real_instructions_with_two_answers_go_through(shared_data, encoder) -> 
         assert row["instruction"] in prompt
         assert row["input"] in prompt
         assert (chosen, rejected) == (f"{row['chosen']}<|im_end|>", f"{row['rejected']}<|im_end|>")
+
+
+def test_a_pair_may_prefer_a_call_to_words_and_its_prompt_shows_the_tools(folder, shared_data) -> None:
+    tools = [{"name": "find_baker", "description": "Who bakes.", "parameters": {"type": "object", "properties": {}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "find_baker", "arguments": {"street": "Mill Lane"}}]}
+    row = {"prompt": "Who bakes?", "chosen": [call], "rejected": "No idea.", "tools": tools}
+    encoder = ChatEncoder(load_tokenizer(shared_data / "tokenizers/minimind-6400"))
+    data = prepared(folder, encoder, [row])
+    chosen, rejected = (segment for segment in data.train[0].segments)
+    assert "Who bakes." in encoder.tokenizer.decode(chosen.ids[~chosen.scored])
+    assert chosen.ids[~chosen.scored].tolist() == rejected.ids[~rejected.scored].tolist()
+    taught = [encoder.tokenizer.decode(side.ids[side.scored]) for side in (chosen, rejected)]
+    assert '"find_baker"' in taught[0]
+    assert "Mill Lane" in taught[0]
+    assert "No idea." in taught[1]
