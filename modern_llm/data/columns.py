@@ -104,7 +104,8 @@ class Columns(UserDict[str, Any]):
     def required(self, name: str, remedy: str = "") -> Any:
         """What a column holds. Raises `RowError`, with the remedy, where it is missing."""
         if name not in self:
-            raise RowError(f"no column '{name}' (columns: {column_names(self)})" + (f": {remedy}" if remedy else ""))
+            what = f"column '{name}' is null" if name in self.nulls else f"no column '{name}' (columns: {column_names(self)})"
+            raise RowError(what + (f": {remedy}" if remedy else ""))
         return self[name]
 
     def findings(self) -> tuple[str, ...]:

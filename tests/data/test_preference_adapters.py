@@ -519,7 +519,7 @@ def test_summaries_of_the_dpo_paper_are_pairs() -> None:
         ({"prompt": "Who?", "chosen": 3, "rejected": "No."}, "column 'chosen' must be text, not int"),
         (
             {"prompt": "Who?", "chosen": "So.", "rejected": None},
-            "no column 'rejected' (columns: prompt, chosen; null: rejected): set rejected_field",
+            "column 'rejected' is null: set rejected_field to the column of the worse answer",
         ),
         ({"prompt": "Who?", "chosen": [], "rejected": "No."}, "column 'chosen' is an empty list: it must be text or a list of"),
         ({"prompt": 3, **SIDES}, "column 'prompt' must be text, not int"),
