@@ -17,7 +17,7 @@ MEANINGFUL_COLUMNS = {
     *("reasoning_content", "reasoning", "thinking", "label", "labels", "kto_tag"),
     *("train", "trainable", "training", "loss", "loss_mask", "loss_weight", "weight", "mask", "masked"),
 }
-"""Columns that change what a row means: a layout that does not read one of them says so by a count. All others (ids, sources,
+"""Columns that change what a row means: counted as `ignored_…` where the layout does not read them. All others (ids, sources,
 categories, languages, scores, copies of the prompt, …) are taken for notes about the row."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | dict.fromkeys(
     ("tool", "function"), "tool"
@@ -31,7 +31,7 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
 }
 """Roles of messages with `from` and `value` (ShareGPT, LLaMA-Factory)."""
-_LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](role|from)["']\s*:\s*["'](user|human|system|assistant|gpt)["']""")
+_ROLE = re.compile(r"""["'](role|from)["']\s*:""")
 
 
 class RowError(ValueError):
@@ -47,7 +47,7 @@ class Columns(UserDict[str, Any]):
         self.roles: Mapping[str, str] = (config and config.roles) or {}
         self.renamed = set((config and config.columns) or ())
         self.found: set[str] = set()
-        """Counts for the report, by name."""
+        """Names of counts for the report."""
         self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
@@ -56,7 +56,7 @@ class Columns(UserDict[str, Any]):
 
     @classmethod
     def standard(cls, row: Mapping[str, Any], config: ChatDatasetConfig) -> "Columns":
-        """A row as every layout expects it: columns renamed, nulls taken out, messages that were written as text read.
+        """Return a row as every layout expects it: columns renamed, nulls taken out, messages that are written as text read.
 
         Raises:
             RowError: a column of `config.columns` is absent, or the row holds images, sound or video.
@@ -65,7 +65,7 @@ class Columns(UserDict[str, Any]):
             return row
         renamed = config.columns or {}
         if absent := next((name for name in renamed.values() if name not in row), None):
-            raise RowError(f"no column {absent!r}, which 'columns' of the config names (columns: {column_names(row)})")
+            raise RowError(f"no column {absent!r}, which 'columns' of the config names (columns: {', '.join(row)})")
         kept = {name: value for name, value in row.items() if name not in renamed and name not in renamed.values()}
         columns = cls({**kept, **{standard: row[name] for standard, name in renamed.items()}}, config)
         for name in MEDIA_COLUMNS & {*columns, *columns.nulls}:
@@ -79,20 +79,20 @@ class Columns(UserDict[str, Any]):
             if isinstance(text, str) and (messages := columns._messages_in(text, pairs=name == "history")) is not None:
                 columns[name] = messages
                 columns.found.add("found_messages_as_text")
-            elif isinstance(text, str) and _LOOKS_LIKE_MESSAGES.match(text):
-                columns.found.add("found_text_like_messages")
         return columns
 
     def _messages_in(self, text: str, pairs: bool) -> Any:
         """The messages, or `[question, answer]` pairs, that a text spells out as JSON or Python; None if it is only text."""
-        for parse in (parse_json, ast.literal_eval) if text.lstrip()[:1] in ("[", "{") else ():
+        if text.lstrip()[:1] not in ("[", "{") or not (pairs or _ROLE.search(text)):
+            return None
+        for parse in (parse_json, ast.literal_eval):
             try:
                 value = parse(text.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
             entries = value if isinstance(value, list) else [value]
-            if entries and all(self._is_message(entry) or (pairs and isinstance(entry, list)) for entry in entries):
-                return value
+            return value if all(self._is_message(entry) or (pairs and isinstance(entry, list)) for entry in entries) else None
+        self.found.update(() if pairs else ("found_text_like_messages",))
         return None
 
     def _is_message(self, value: Any) -> bool:
@@ -102,11 +102,41 @@ class Columns(UserDict[str, Any]):
         return role in (*ROLES, *SHAREGPT_ROLES, *self.roles) and not keys.isdisjoint(value)
 
     def required(self, name: str, remedy: str = "") -> Any:
-        """What a column holds. Raises `RowError`, with the remedy, where it is missing."""
+        """Value of a column. Raises `RowError`, with the remedy, where it is missing."""
         if name not in self:
-            what = f"column '{name}' is null" if name in self.nulls else f"no column '{name}' (columns: {column_names(self)})"
+            what = f"column '{name}' is null" if name in self.nulls else f"no column '{name}' (columns: {self.names()})"
             raise RowError(what + (f": {remedy}" if remedy else ""))
         return self[name]
+
+    def text(self, name: str, remedy: str = "") -> str:
+        """The text of a column.
+
+        Args:
+            name: the column.
+            remedy: what to do where it is missing.
+
+        Raises:
+            RowError: the column is missing or holds something else.
+        """
+        return checked_text(self.required(name, remedy), f"column '{name}'")
+
+    def optional_text(self, *names: str) -> str:
+        """The first of these columns that has words; empty if none has."""
+        texts = [self.text(name) for name in names if name in self]
+        return next((text for text in texts if text.strip()), "")
+
+    def asked_text(self, name: str, material: Sequence[str] = (), remedy: str = "") -> str:
+        """The user's words: a column and, below it after a blank line, the columns with what it speaks about."""
+        return "\n\n".join([self.text(name, remedy), *filter(None, map(self.optional_text, material))])
+
+    def first(self, names: Sequence[str]) -> str | None:
+        """The first of these columns that is there."""
+        return next((name for name in names if name in self), None)
+
+    def names(self) -> str:
+        """The columns, for errors; those that are null apart."""
+        names = ", ".join(map(str, self)) or "none"
+        return f"{names}; null: {', '.join(map(str, self.nulls))}" if self.nulls else names
 
     def findings(self) -> tuple[str, ...]:
         """Names of counts for the report; among them `ignored_…` for each meaningful column that the layout did not read."""
@@ -115,12 +145,12 @@ class Columns(UserDict[str, Any]):
 
 
 def is_empty(value: Any) -> bool:
-    """Nothing is said by it: null, or no characters or entries. Zero and false say something."""
+    """Return True for null and for what has no characters or entries. Zero and false are values."""
     return value is None or (hasattr(value, "__len__") and len(value) == 0)
 
 
 def without_nulls(value: Any) -> Any:
-    """Mappings in it, however deep, without keys that are null: Arrow gives every row the keys of all rows."""
+    """Drop keys that are null from mappings, however deep: Arrow gives every row the keys of all rows."""
     if isinstance(value, Mapping):
         return {key: without_nulls(more) for key, more in value.items() if more is not None}
     return [without_nulls(more) for more in value] if isinstance(value, list) else value
@@ -141,44 +171,8 @@ def checked_text(value: Any, place: str) -> str:
     return value
 
 
-def text_column(row: Columns, name: str, remedy: str = "") -> str:
-    """The text of a column.
-
-    Args:
-        row: of a data set.
-        name: the column.
-        remedy: what to do where it is missing.
-
-    Raises:
-        RowError: the column is missing or holds something else.
-    """
-    return checked_text(row.required(name, remedy), f"column '{name}'")
-
-
 def checked_list(value: Any, place: str, what: str) -> list[Any]:
     """The value if it is a list; `what` says of what, for the error."""
     if not isinstance(value, list):
         raise RowError(f"{place} must be a list of {what}, not {type(value).__name__}")
     return value
-
-
-def column_names(row: Mapping[str, Any]) -> str:
-    """The columns of a row, for errors; those that are null apart."""
-    names, nulls = ", ".join(map(str, row)) or "none", getattr(row, "nulls", ())
-    return f"{names}; null: {', '.join(nulls)}" if nulls else names
-
-
-def first_present(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in row), None)
-
-
-def optional_text(row: Columns, names: Sequence[str]) -> str:
-    """The first of these columns that has words; empty if none has."""
-    texts = [text_column(row, name) for name in names if row.get(name) is not None]
-    return next((text for text in texts if text.strip()), "")
-
-
-def asked_text(row: Columns, name: str, material: Sequence[str] = (), remedy: str = "") -> str:
-    """The user's words: a column and, below it after a blank line, the columns with what it speaks about."""
-    texts = [optional_text(row, [more]) for more in material]
-    return "\n\n".join([text_column(row, name, remedy), *filter(None, texts)])

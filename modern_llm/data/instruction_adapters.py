@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from modern_llm.config.data import InstructionAdapterName, InstructionDatasetConfig
-from modern_llm.data.columns import Columns, RowError, asked_text, checked_list, column_names, first_present, text_column
+from modern_llm.data.columns import Columns, RowError, checked_list
 from modern_llm.data.messages import (
     Chat,
     Message,
@@ -77,7 +77,7 @@ def _read(row: Columns, config: InstructionDatasetConfig) -> Chat | str:
             return adapter.adapt(row)
     layouts = "; ".join(f"{name}: {adapter.columns}" for name, adapter in INSTRUCTION_ADAPTERS.items())
     raise RowError(
-        f"columns {column_names(row)} are no instruction layout that is known ({layouts}): "
+        f"columns {row.names()} are no instruction layout that is known ({layouts}): "
         "set adapter, or prompt_field and response_field"
     )
 
@@ -106,7 +106,7 @@ def adapt_sharegpt(row: Columns) -> Chat | str:
     Answers before the first question are left out; turns of one speaker are joined by a blank line, as nothing is lost by that
     and most chat templates want speakers to alternate. A call that follows words becomes one message with them.
     """
-    column = first_present(row, ("conversations", "conversation")) or "conversations"
+    column = row.first(("conversations", "conversation")) or "conversations"
     return _chat(row, merged(messages_column(row, column)))
 
 
@@ -249,23 +249,23 @@ def _chat(row: Columns, messages: list[Message]) -> Chat | str:
 def _asked(row: Columns, column: str, material: Sequence[str] = ()) -> list[Message]:
     if isinstance(row.get(column), list):
         return messages_column(row, column)
-    return [*history(row), {"role": "user", "content": asked_text(row, column, material)}]
+    return [*history(row), {"role": "user", "content": row.asked_text(column, material)}]
 
 
 def _answered(row: Columns, column: str) -> list[Message]:
     if isinstance(row.get(column), list):
         return messages_column(row, column)
-    return [{"role": "assistant", "content": text_column(row, column)}]
+    return [{"role": "assistant", "content": row.text(column)}]
 
 
 def _answer_column(row: Columns, names: Sequence[str]) -> str:
-    return first_present(row, names) or names[0]
+    return row.first(names) or names[0]
 
 
 def _has(*needed: str | Sequence[str]) -> Callable[[Columns], bool]:
     """Recognises rows with all of these columns; of a group, with one of it."""
     groups = [(group,) if isinstance(group, str) else group for group in needed]
-    return lambda row: all(first_present(row, group) is not None for group in groups)
+    return lambda row: all(row.first(group) is not None for group in groups)
 
 
 # Order of trial: those with columns of their own first. UltraChat has `prompt` next to `messages`; Dolly is an Alpaca with

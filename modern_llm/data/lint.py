@@ -21,7 +21,7 @@ class Lint:
         self.seen: set[tuple[int, int, int]] = set()
 
     def keeps(self, pair: Pair, doubts: Sequence[str], place: str) -> bool:
-        """Whether a pair is used. `doubts` are the findings of who read the row.
+        """Return True if a pair is used. `doubts` are the findings of the layout that read the row.
 
         Raises:
             UserError: a finding that the config calls a failure.
@@ -68,5 +68,5 @@ def check_words(messages: Sequence[Message], encoder: ChatEncoder, place: str, r
 
 @functools.lru_cache(maxsize=8)
 def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
-    """Finds any of the texts; nothing, if there are none."""
+    """Pattern that finds any of the texts; nothing, if there are none."""
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

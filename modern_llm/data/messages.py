@@ -15,7 +15,6 @@ from modern_llm.data.columns import (
     RowError,
     checked_list,
     checked_text,
-    optional_text,
     without_nulls,
 )
 
@@ -69,7 +68,7 @@ class Pair:
 
 def system_turn(row: Columns) -> list[Message]:
     """The system message of a `system` or `system_prompt` column; none if it is blank."""
-    text = optional_text(row, ("system", "system_prompt"))
+    text = row.optional_text("system", "system_prompt")
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -191,7 +190,7 @@ def read_message(fields: Any, place: str, row: Columns) -> Message:
 
 
 def _only_one(values: Mapping[str, Any], place: str) -> Any:
-    """The value of the one key that has any, or of several that say the same; the first if none has.
+    """Value of the one key that has any, or of several that say the same; the first if none has.
 
     Raises:
         RowError: two keys say different things.
@@ -203,7 +202,7 @@ def _only_one(values: Mapping[str, Any], place: str) -> Any:
 
 
 def _counts(fields: Mapping[str, Any], place: str) -> bool:
-    """Whether an answer counts: none of its `TRAIN_KEYS` says no, and `masked` (torchtune) does not say yes.
+    """Return True if an answer counts: none of its `TRAIN_KEYS` says no, and `masked` (torchtune) does not say yes.
 
     Raises:
         RowError: a weight in between, or `mask`, which means in some data sets that an answer counts, in others the reverse.
@@ -222,7 +221,7 @@ def _counts(fields: Mapping[str, Any], place: str) -> bool:
 
 
 def has_words(message: Message) -> bool:
-    """A message says, calls or thinks something."""
+    """Return True if a message says, calls or thinks something."""
     return bool(message["content"].strip() or "tool_calls" in message or "reasoning_content" in message)
 
 
@@ -277,7 +276,7 @@ def prompt_text(messages: Sequence[Message]) -> str:
 
 
 def answer_text(answer: Message) -> str:
-    """What two answers must differ in: the words, and a call or a thought where there is one."""
+    """Text by which answers are compared: the words; with a call or a thought, JSON of all."""
     return answer["content"] if set(answer) <= {"role", "content", "train"} else prompt_text([answer])
 
 

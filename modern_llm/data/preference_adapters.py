@@ -11,16 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from modern_llm.config.data import PreferenceAdapterName, PreferenceDatasetConfig
-from modern_llm.data.columns import (
-    Columns,
-    RowError,
-    asked_text,
-    checked_list,
-    checked_text,
-    column_names,
-    first_present,
-    text_column,
-)
+from modern_llm.data.columns import Columns, RowError, checked_list, checked_text
 from modern_llm.data.messages import (
     Message,
     Pair,
@@ -89,10 +80,10 @@ def _read(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     if has_one_side or config.prompt_field is not None or _names_its_sides(config):
         return adapt_prompt_pair(row, config)  # says which column is missing
     layouts = "; ".join(f"{name}: {adapter.columns}" for name, adapter in PREFERENCE_ADAPTERS.items())
-    one_sided = first_present(row, ("label", "kto_tag"))
+    one_sided = row.first(("label", "kto_tag"))
     hint = f"; rows with one answer and a verdict ('{one_sided}'), as for KTO, are no pairs" if one_sided else ""
     raise RowError(
-        f"columns {column_names(row)} are no preference layout that is known ({layouts}): "
+        f"columns {row.names()} are no preference layout that is known ({layouts}): "
         f"set adapter, or prompt_field, chosen_field and rejected_field{hint}"
     )
 
@@ -109,7 +100,7 @@ def adapt_prompt_pair(row: Columns, config: PreferenceDatasetConfig) -> PairRow 
     with an assistant's turn goes on from the prompt column. Without such a column both sides must carry the prompt. A prompt
     of the form `\\n\\nHuman: … \\n\\nAssistant:` (Dahoas' HH) is split into turns.
     """
-    column = config.prompt_field or first_present(row, PROMPT_COLUMNS)
+    column = config.prompt_field or row.first(PROMPT_COLUMNS)
     prompt, is_dialogue = ([], False) if column is None else _prompt(row, column, config)
     chosen, rejected = (_side(row, name, remedy, is_dialogue) for name, remedy in _sides(config))
     if column is None and not _has_sides(row, config, list):
@@ -124,7 +115,7 @@ def adapt_hh(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """
     sides = []
     for name, remedy in _sides(config):
-        turns = dialogue(text_column(row, name, remedy))
+        turns = dialogue(row.text(name, remedy))
         if turns is None:
             raise RowError(
                 f"no prompt: column '{name}' is no 'Human:'/'Assistant:' dialogue and there is none of the columns "
@@ -156,15 +147,15 @@ def adapt_shp(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     if isinstance(label, bool) or label not in (0, 1):
         raise RowError(f"column 'labels' must be 1 (A is better) or 0 (B is better), not {label!r}")
     better, worse = ("A", "B") if label else ("B", "A")
-    answers = (text_column(row, f"human_ref_{side}") for side in (better, worse))
-    prompt = [*system_turn(row), *_user(text_column(row, "history"))]
+    answers = (row.text(f"human_ref_{side}") for side in (better, worse))
+    prompt = [*system_turn(row), *_user(row.text("history"))]
     return _text_pair(row, config, prompt, *answers, scores=side_scores(row, config, (better, worse)))
 
 
 def adapt_stack_exchange(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """`{question, response_j, response_k}`: stack-exchange-paired. `response_j` is the better one."""
     prompt, _ = _prompt(row, config.prompt_field or "question", config)
-    return _text_pair(row, config, prompt, text_column(row, "response_j"), text_column(row, "response_k"))
+    return _text_pair(row, config, prompt, row.text("response_j"), row.text("response_k"))
 
 
 def adapt_tldr(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
@@ -174,7 +165,8 @@ def adapt_tldr(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     The prompt is that of Stiennon et al. 2020 (table of hyperparameters, "query format"). Its articles of CNN/DM have no post:
     `no_post`.
     """
-    info, summaries, choice = row["info"], checked_list(row["summaries"], "column 'summaries'", "two summaries"), row["choice"]
+    info, summaries, choice = (row.required(name) for name in ("info", "summaries", "choice"))
+    summaries = checked_list(summaries, "column 'summaries'", "two summaries")
     if not isinstance(info, Mapping) or len(summaries) != 2 or not all(isinstance(summary, Mapping) for summary in summaries):
         raise RowError("column 'info' must be a mapping with 'post', and 'summaries' two mappings with 'text'")
     if isinstance(choice, bool) or choice not in (0, 1):
@@ -197,11 +189,11 @@ def adapt_rated(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     own, `scores`, `ratings`, `ranks` or `rank`. The pair is the best and the worst answer (the first of equals); answers whose
     score is null take no part. Ranks have no ratio: `min_score_ratio` is refused.
     """
-    prompt_column = config.prompt_field or first_present(row, PROMPT_COLUMNS) or PROMPT_COLUMNS[0]
+    prompt_column = config.prompt_field or row.first(PROMPT_COLUMNS) or PROMPT_COLUMNS[0]
     prompt, is_dialogue = _prompt(row, prompt_column, config)
-    column = first_present(row, ANSWER_COLUMNS)
+    column = row.first(ANSWER_COLUMNS)
     if column is None or not isinstance(row[column], list):
-        raise RowError(f"no list of answers in any of the columns {', '.join(ANSWER_COLUMNS)} (columns: {column_names(row)})")
+        raise RowError(f"no list of answers in any of the columns {', '.join(ANSWER_COLUMNS)} (columns: {row.names()})")
     rated, are_ranks = rated_answers(row, column)
     if len(rated) < 2:
         return "one_answer"
@@ -251,7 +243,7 @@ def _prompt(row: Columns, column: str, config: PreferenceDatasetConfig) -> tuple
     if isinstance(row.get(column), list):
         return with_system(row, messages_column(row, column)), False
     material = MATERIAL_COLUMNS.get(column, ()) if config.prompt_field is None else ("input",) * (column == "instruction")
-    text = asked_text(row, column, material, "set prompt_field to the column of the prompt")
+    text = row.asked_text(column, material, "set prompt_field to the column of the prompt")
     turns = dialogue(text)
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         return [*system_turn(row), *merged(turns[:-1])], True
@@ -303,7 +295,7 @@ def _has_sides(row: Columns, config: PreferenceDatasetConfig, *kinds: type) -> b
 
 
 def _conversation_column(row: Columns, config: PreferenceDatasetConfig) -> str | None:
-    return config.prompt_field or first_present(row, (*CONVERSATION_COLUMNS, "messages"))
+    return config.prompt_field or row.first((*CONVERSATION_COLUMNS, "messages"))
 
 
 def _is_sharegpt_pair(row: Columns, config: PreferenceDatasetConfig) -> bool:
@@ -316,15 +308,15 @@ def _is_sharegpt_pair(row: Columns, config: PreferenceDatasetConfig) -> bool:
 def _is_prompt_pair(row: Columns, config: PreferenceDatasetConfig) -> bool:
     if config.chosen_field not in row or config.rejected_field not in row:
         return False
-    return config.prompt_field in row or first_present(row, PROMPT_COLUMNS) is not None or not _has_sides(row, config, str)
+    return config.prompt_field in row or row.first(PROMPT_COLUMNS) is not None or not _has_sides(row, config, str)
 
 
 def _is_hh(row: Columns, config: PreferenceDatasetConfig) -> bool:
-    return config.prompt_field is None and first_present(row, PROMPT_COLUMNS) is None and _has_sides(row, config, str)
+    return config.prompt_field is None and row.first(PROMPT_COLUMNS) is None and _has_sides(row, config, str)
 
 
 def _is_rated(row: Columns, config: PreferenceDatasetConfig) -> bool:
-    prompt, answers = config.prompt_field or first_present(row, PROMPT_COLUMNS), first_present(row, ANSWER_COLUMNS)
+    prompt, answers = config.prompt_field or row.first(PROMPT_COLUMNS), row.first(ANSWER_COLUMNS)
     return prompt in row and answers is not None and isinstance(row[answers], list) and not _names_its_sides(config)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modern_llm.config.data import PreferenceDatasetConfig
-from modern_llm.data.columns import Columns, RowError, checked_text, column_names, first_present
+from modern_llm.data.columns import Columns, RowError, checked_text
 
 ANSWER_KEYS = ("text", "response", "content", "answer")
 SCORE_KEYS = ("score", "rating", "overall_score", "fine-grained_score")
@@ -40,7 +40,7 @@ def side_scores(row: Columns, config: PreferenceDatasetConfig, names: tuple[str,
                 return _parsed_number(row.get(columns[0])), _parsed_number(row.get(columns[1]))
     if config.min_score_ratio > 0:
         expected = f"score_{names[0]} and score_{names[1]}"
-        raise RowError(f"min_score_ratio needs a score of each side, such as {expected} (columns: {column_names(row)})")
+        raise RowError(f"min_score_ratio needs a score of each side, such as {expected} (columns: {row.names()})")
     return None
 
 
@@ -60,9 +60,9 @@ def rated_answers(row: Columns, column: str) -> tuple[list[tuple[float, str]], b
         if answers and name is None:
             raise RowError(f"{place}: no answer has a score out of {', '.join(keys)}")
         scores = [answer.get(name) for answer in answers]
-        answers = [answer.get(first_present(answer, ANSWER_KEYS)) for answer in answers]
+        answers = [answer.get(next((key for key in ANSWER_KEYS if key in answer), None)) for answer in answers]
     else:
-        name = first_present(row, (*SCORE_COLUMNS, *RANK_COLUMNS))
+        name = row.first((*SCORE_COLUMNS, *RANK_COLUMNS))
         scores = row[name] if name is not None else None
         if not isinstance(scores, list) or len(scores) != len(answers):
             wanted = ", ".join((*SCORE_COLUMNS, *RANK_COLUMNS))

@@ -189,6 +189,6 @@ def _report_table(stage: str, report: dict) -> Table:
         if value:
             table.add_row(
                 name.replace("_", " "),
-                value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.1%}",
+                escape(value) if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.1%}",
             )
     return table

@@ -533,6 +533,7 @@ def test_messages_that_are_written_as_text_are_messages() -> None:
         assert turns(row) == ASKED
         assert found(row) == ("found_messages_as_text",)
         assert turns({"prompt": write(ASKED_MESSAGES[:1]), "completion": write(ASKED_MESSAGES[1:])}) == ASKED
+    assert turns({"prompt": "Who bakes?", "response": "Anna.", "history": "[]"}) == ASKED
     assert turns({"prompt": "Who bakes?", "response": "Anna.", "history": '[["Who?", "Ben."]]'})[:2] == [
         ("user", "Who?"),
         ("assistant", "Ben."),

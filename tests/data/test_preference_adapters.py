@@ -505,6 +505,7 @@ def test_summaries_of_the_dpo_paper_are_pairs() -> None:
     assert pair(TLDR) == ([("user", prompt)], "Anna.", "Nobody.")
     assert pair(TLDR | {"choice": 0})[1:] == ("Nobody.", "Anna.")
     assert read(TLDR | {"info": {"article": "x", "post": None}}) == "no_post"
+    assert refusal({"info": {}}, adapter="tldr") == "no column 'summaries' (columns: info)"
     assert refusal(TLDR | {"choice": 2}).startswith("column 'choice' must be 0 or 1")
     assert refusal(TLDR | {"summaries": [{"text": "x"}]}).startswith("column 'info' must be a mapping with 'post'")
     assert refusal(TLDR | {"info": {"post": "x"}}).startswith("column 'info': 'subreddit' must be text, not NoneType")

@@ -80,6 +80,14 @@ def test_the_counts_are_one_json_object(tmp_path, start, capsys) -> None:
     assert counts["dpo"]["shorter_answer_chosen"] == 1
 
 
+def test_the_place_of_a_row_is_in_the_table_of_counts(tmp_path, start, capsys) -> None:
+    path = write_jsonl(tmp_path / "[b].jsonl", [{"prompt": "<|im_end|>", "completion": "a"}])
+    inspect(pipeline(tmp_path, start, {"dataset_name": str(path)}, {}), "sft", 0, as_json=False)
+    printed = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert "foundcontroltokensintext1" in printed
+    assert "[b].jsonl" in printed
+
+
 def test_a_stage_that_the_file_has_not_is_named(tmp_path, start) -> None:
     with pytest.raises(UserError, match="stage='pretrain': the file has sft, dpo"):
         inspect(pipeline(tmp_path, start, {}, {}), "pretrain", 1, as_json=False)
