@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -184,7 +184,7 @@ def coloured(shown: Shown, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def _report_table(stage: str, report: dict) -> Table:
-    table = Table(title=stage, title_justify="left", show_header=False)
+    table = Table("", Column(overflow="fold"), title=stage, title_justify="left", show_header=False)
     for name, value in report.items():
         if value:
             table.add_row(

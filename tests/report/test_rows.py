@@ -85,7 +85,7 @@ def test_the_place_of_a_row_is_in_the_table_of_counts(tmp_path, start, capsys) -
     inspect(pipeline(tmp_path, start, {"dataset_name": str(path)}, {}), "sft", 0, as_json=False)
     printed = "".join(capsys.readouterr().out.replace("│", "").split())
     assert "foundcontroltokensintext1" in printed
-    assert "[b].jsonl" in printed
+    assert "[b].jsonl,line1" in printed
 
 
 def test_a_stage_that_the_file_has_not_is_named(tmp_path, start) -> None:
