@@ -96,8 +96,8 @@ class FoundPair:
     number: int
     row: Row
     pair: Pair
-    chats: list[tuple[Chat, Plan]]
-    """The prompt with each answer, chosen first; calls and thoughts may need another plan than words."""
+    plans: tuple[Plan, Plan]
+    """Of the prompt with the chosen and with the rejected answer."""
 
 
 def pairs_of(
@@ -116,7 +116,7 @@ def pairs_of(
     for number, row in read_rows(source, bad, report, "pairs"):
         try:
             found = read_pair(row.values, config)
-            chats = _planned(found.pair, encoder) if isinstance(found, PairRow) else []
+            plans = _plans(found.pair, encoder) if isinstance(found, PairRow) else ((), ())
         except RowError as error:
             bad(f"{row.place}: {error}")
             continue
@@ -126,10 +126,10 @@ def pairs_of(
             pair = found.pair
             for name in found.found:
                 count(report, name)
-            if any(encoder.rewrites(chat) for chat, _ in chats):
+            if any(encoder.rewrites(_as_chat(pair, answer)) for answer in (pair.chosen, pair.rejected)):
                 count(report, "found_text_that_the_template_rewrites")
             check_words([*pair.prompt, pair.chosen, pair.rejected], encoder, row.place, report)
-            yield FoundPair(number, row, pair, chats)
+            yield FoundPair(number, row, pair, plans)
 
 
 def _build(
@@ -146,11 +146,8 @@ def _build(
     lint = Lint(config.lint, report)
 
     def flush() -> None:
-        encoded = _encode(encoder, [found.chats for found in waiting])
+        encoded = _encode(encoder, [(found.pair, found.plans) for found in waiting])
         for found, sides in zip(waiting, encoded, strict=True):
-            if sides is None:
-                count(report, "dropped_because_template_shows_two_prompts")
-                continue
             if len(sides[1]) != len(sides[2]):
                 count(report, "longer_answer_chosen" if len(sides[1]) > len(sides[2]) else "shorter_answer_chosen")
             if is_over(sides, dpo) and not lint.verdict("over_limit", found.row.place):
@@ -178,16 +175,27 @@ def _as_chat(pair: Pair, answer: Message) -> Chat:
     return Chat([*pair.prompt, answer], pair.tools)
 
 
-def _planned(pair: Pair, encoder: ChatEncoder) -> list[tuple[Chat, Plan]]:
-    return [(chat, encoder.plan(chat)) for chat in (_as_chat(pair, pair.chosen), _as_chat(pair, pair.rejected))]
+def _plans(pair: Pair, encoder: ChatEncoder) -> tuple[Plan, Plan]:
+    """The plans of both sides, which share their prompt. Raises `RowError` where the template writes it in two ways."""
+    plans = encoder.plan(_as_chat(pair, pair.chosen)), encoder.plan(_as_chat(pair, pair.rejected))
+    starts = [max((n for n, part in enumerate(plan) if not part.scored), default=-1) + 1 for plan in plans]  # of the answers
+    if plans[0][: starts[0]] != plans[1][: starts[1]]:
+        raise RowError("the tokenizer's chat template writes another prompt for one answer than for the other")
+    return plans
 
 
-def _encode(encoder: ChatEncoder, pairs: Sequence[list[tuple[Chat, Plan]]]) -> list[Sides | None]:
-    """The ids of many pairs; None where the template shows the prompt otherwise before one answer than before the other."""
-    split = [split_answer(parts) for parts in encoder.encode([chat for chats in pairs for chat in chats])]
-    ids = [([i for part in prompt for i in part.ids], answer) for prompt, answer in split]
-    sides = zip(ids[::2], ids[1::2], strict=True)
-    return [(prompt, chosen, rejected) if prompt == other else None for (prompt, chosen), (other, rejected) in sides]
+def _encode(encoder: ChatEncoder, planned: Sequence[tuple[Pair, tuple[Plan, Plan]]]) -> list[Sides]:
+    """The ids of many pairs, whose sides share their prompt."""
+    chats = [
+        chat
+        for pair, plans in planned
+        for chat in zip((_as_chat(pair, pair.chosen), _as_chat(pair, pair.rejected)), plans, strict=True)
+    ]
+    split = [split_answer(parts) for parts in encoder.encode(chats)]
+    return [
+        ([i for part in prompt for i in part.ids], chosen, rejected)
+        for (prompt, chosen), (_, rejected) in zip(split[::2], split[1::2], strict=True)
+    ]
 
 
 def _arrays(prompt: list[int], answer: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -234,11 +242,8 @@ def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides,
 
 
 def encode_whole(pair: Pair, encoder: ChatEncoder) -> Sides:
-    """All ids of a pair. Raises `RowError` where the template refuses it, or shows the prompt in two ways."""
-    (sides,) = _encode(encoder, [_planned(pair, encoder)])
-    if sides is None:
-        raise RowError("the tokenizer's chat template shows the prompt otherwise before one answer than before the other")
-    return sides
+    """All ids of a pair. Raises `RowError` where the template refuses the prompt."""
+    return _encode(encoder, [(pair, _plans(pair, encoder))])[0]
 
 
 def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segment, Segment]:
