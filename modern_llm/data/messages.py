@@ -95,7 +95,7 @@ def history(row: Columns) -> list[Message]:
 def read_tools(row: Columns) -> list[dict[str, Any]] | None:
     """The `tools` column (or `functions`): a list of functions, or JSON of one. None if there are none.
 
-    Keys of a function that are null are left out, but not those in JSON text, where only its author can have put them.
+    Nulls are left out and counted as in arguments of calls.
 
     Raises:
         RowError: it is neither, or a function has no name.
@@ -104,7 +104,10 @@ def read_tools(row: Columns) -> list[dict[str, Any]] | None:
     value, place = row.get(column), f"column {column!r}"
     if not value:
         return None
-    value = (_parsed(value, place) if value.strip() else None) if isinstance(value, str) else without_nulls(value)
+    if isinstance(value, str):
+        value = _parsed(value, place) if value.strip() else None
+    elif value != (value := without_nulls(value)):
+        row.found.add("found_nulls_in_tools")
     tools = []
     for tool in [value] if isinstance(value, Mapping) else checked_list(value or [], place, "functions"):
         known = isinstance(tool, Mapping)
@@ -267,9 +270,8 @@ def prompt_text(messages: Sequence[Message]) -> str:
     """What two chats must differ in to count as different prompts."""
     said = []
     for m in messages:
-        calls = [
-            {key: call[key] for key in ("type", "function")} for call in m.get("tool_calls", ())
-        ]  # ids are drawn at random
+        # ids of calls are drawn at random
+        calls = [{key: call[key] for key in ("type", "function")} for call in m.get("tool_calls", ())]
         thoughts = [m["reasoning_content"]] if "reasoning_content" in m else []
         said.append((m["role"], m["content"].strip(), *([calls] if calls else []), *thoughts))
     return json.dumps(said, ensure_ascii=False, default=str)

@@ -33,10 +33,11 @@ def side_scores(row: Columns, config: PreferenceDatasetConfig, names: tuple[str,
     Raises:
         RowError: `min_score_ratio` needs scores, and there are none.
     """
-    for better, worse in (names, ("chosen", "rejected")):
+    known = {*row, *row.nulls}
+    for better, worse in dict.fromkeys((names, ("chosen", "rejected"))):
         for form in SCORE_COLUMNS_OF_SIDES:
             columns = form.format(better), form.format(worse)
-            if {*row, *row.nulls}.issuperset(columns):
+            if known.issuperset(columns):
                 return _parsed_number(row.get(columns[0])), _parsed_number(row.get(columns[1]))
     if config.min_score_ratio > 0:
         expected = f"score_{names[0]} and score_{names[1]}"

@@ -501,7 +501,7 @@ def test_nulls_that_tables_fill_in_are_left_out_of_calls_and_tools() -> None:
     assert isinstance(chat, Chat)
     assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"street": "Mill Lane", "near": {"x": 1}}
     assert chat.tools == [WRAPPED_TOOL]
-    assert chat.found == ("found_nulls_in_arguments",)
+    assert chat.found == ("found_nulls_in_arguments", "found_nulls_in_tools")
     call["function"]["arguments"] = json.dumps(arguments)  # nobody but its author wrote the nulls of a text
     chat = read(row)
     assert isinstance(chat, Chat)
