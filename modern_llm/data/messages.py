@@ -60,7 +60,7 @@ class Pair:
     chosen: Message
     rejected: Message
     tools: list[dict[str, Any]] | None = None
-    """As in `Chat`."""
+    """Functions that the assistant may call, in the form of `Chat.tools`."""
 
 
 # Columns

@@ -161,6 +161,12 @@ def test_each_source_has_a_layout_columns_and_roles_of_its_own(folder, encoder) 
     assert [read(encoder, example, scored=True) for example in other_layout.train] == ["y<|im_end|>"]
 
 
+def test_held_out_rows_of_a_source_are_read_by_its_own_columns(folder, encoder) -> None:
+    path = write_jsonl(folder / "own.jsonl", [{"dialog": chat("q", "a"), "messages": "two"}])
+    config = InstructionDatasetConfig(dataset_name={str(path): {"columns": {"messages": "dialog"}}}, eval_fraction=0.999999)
+    assert [row["dialog"] for row in held_out_rows(config, encoder)] == [chat("q", "a")]
+
+
 def test_which_answers_count_is_part_of_the_cache_key(folder, encoder, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(ChatEncoder, "plan", lambda self, chat, plan=ChatEncoder.plan: seen.append(chat) or plan(self, chat))

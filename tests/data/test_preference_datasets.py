@@ -321,3 +321,14 @@ def test_a_pair_may_prefer_a_call_to_words_and_its_prompt_shows_the_tools(folder
     assert '"find_baker"' in taught[0]
     assert "Mill Lane" in taught[0]
     assert "No idea." in taught[1]
+
+
+def test_held_out_pairs_of_a_source_are_read_by_its_own_columns_and_roles(folder, encoder) -> None:
+    asked = [{"role": "guest", "content": "Who bakes?"}]
+    rows = [{"asked": asked, "good": "Anna.", "bad": "Nobody.", "chosen": "x"}]
+    columns = {"prompt": "asked", "chosen": "good", "rejected": "bad"}
+    path = write_jsonl(folder / "own.jsonl", rows)
+    config = PreferenceDatasetConfig(
+        dataset_name={str(path): {"columns": columns, "roles": {"guest": "user"}}}, eval_fraction=0.999999
+    )
+    assert held_out_pairs(config, encoder) == [Pair([user("Who bakes?")], assistant("Anna."), assistant("Nobody."))]
