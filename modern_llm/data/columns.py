@@ -65,7 +65,7 @@ class Columns(UserDict[str, Any]):
             return row
         renamed = config.columns or {}
         if absent := next((name for name in renamed.values() if name not in row), None):
-            raise RowError(f"no column {absent!r}, which 'columns' of the config names (columns: {', '.join(row)})")
+            raise RowError(f"no column {absent!r}, which 'columns' of the config names (columns: {', '.join(map(str, row))})")
         kept = {name: value for name, value in row.items() if name not in renamed and name not in renamed.values()}
         columns = cls({**kept, **{standard: row[name] for standard, name in renamed.items()}}, config)
         for name in MEDIA_COLUMNS & {*columns, *columns.nulls}:
