@@ -30,7 +30,7 @@ import yaml
 
 from modern_llm import cli, config
 from modern_llm.config import PipelineConfig, StrictModel, load_config
-from modern_llm.config.pipeline import PretrainStageConfig
+from modern_llm.config.pipeline import PretrainStageConfig, SFTStageConfig
 from modern_llm.data.instruction_adapters import read_chat
 from modern_llm.data.lm_datasets import LanguageModelingDatasetConfig, prepare_documents
 from modern_llm.data.messages import Chat
@@ -40,7 +40,10 @@ from modern_llm.data.tokenizer import TextEncoder, train_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-YAML_KINDS = {kind.__name__: kind for kind in (PipelineConfig, PretrainStageConfig, cli.PretrainArguments, cli.DPOArguments)}
+YAML_KINDS = {
+    kind.__name__: kind
+    for kind in (PipelineConfig, PretrainStageConfig, SFTStageConfig, cli.PretrainArguments, cli.DPOArguments)
+}
 REASON = "Not run by the tests: "
 COMMANDS = ("modern-llm", "python -m modern_llm")
 

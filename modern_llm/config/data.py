@@ -1,6 +1,6 @@
 """What a stage reads. One config class for each kind of data set."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -12,8 +12,11 @@ InstructionAdapterName = Literal[
 ]
 """Layouts of demonstrations, see `modern_llm.data.instruction_adapters`."""
 
-PreferenceAdapterName = Literal["prompt_pair", "hh", "shp", "stack_exchange", "sharegpt_pair", "rated"]
+PreferenceAdapterName = Literal["prompt_pair", "hh", "shp", "stack_exchange", "sharegpt_pair", "tldr", "rated"]
 """Layouts of preferences, see `modern_llm.data.preference_adapters`."""
+
+Role = Literal["system", "user", "assistant", "tool"]
+"""Who says a message."""
 
 Verdict = Literal["drop", "keep", "fail"]
 """What becomes of a row that a check finds: left out and counted; used and counted; or the run stops and names it."""
@@ -34,6 +37,12 @@ class SourceConfig(StrictModel):
     """Documents only: in `.txt` files, the line between two."""
     max_rows: PositiveInt | None = None
     """Use only the first so many rows."""
+    adapter: Literal[InstructionAdapterName, PreferenceAdapterName] | None = None
+    """Chats and pairs only: layout of the rows."""
+    columns: dict[str, Name] | None = None
+    """Chats and pairs only: names of columns in the data, by standard name."""
+    roles: dict[str, Role] | None = None
+    """Chats and pairs only: who speaks, by the name of the role in the data."""
 
 
 class DatasetConfig(StrictModel):
@@ -77,9 +86,10 @@ class DatasetConfig(StrictModel):
         if not self.dataset_name:
             raise ValueError(f"dataset_name={self.dataset_name!r} names no data set")
         for name, source in self.sources().items():
-            for field in ("text_field", "document_separator"):
-                if getattr(source, field) is not None and not hasattr(self, field):
-                    raise ValueError(f"dataset_name={name!r}: {field} is for documents: leave it out here")
+            for field in SourceConfig.model_fields:
+                if getattr(source, field) is not None and not hasattr(self, field) and field != "weight":
+                    kind = "chats and pairs" if field in ("adapter", "columns", "roles") else "documents"
+                    raise ValueError(f"dataset_name={name!r}: {field} is for {kind}: leave it out here")
         return self
 
     def sources(self) -> dict[str, SourceConfig]:
@@ -124,7 +134,30 @@ class LanguageModelingDatasetConfig(DatasetConfig):
         return self.shuffle_window or 10_000
 
 
-class InstructionDatasetConfig(DatasetConfig):
+class ChatDatasetConfig(DatasetConfig):
+    """Rows that become chats: how their columns and roles are called."""
+
+    columns: dict[str, Name] | None = None
+    """Names of columns in the data, by the standard name that the layouts know: `columns: {messages: dialog}`. Each source of a
+    mixture may have its own; every row must have the columns named here."""
+    roles: dict[str, Role] | None = None
+    """Who speaks (`system`, `user`, `assistant`, `tool`), by the name of the role in the data: `roles: {bot: assistant}`."""
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        layouts = get_args(get_args(type(self).model_fields["adapter"].annotation)[0])
+        for name, source in self.sources().items():
+            if source.adapter not in (None, *layouts):
+                known = ", ".join(layouts)
+                raise ValueError(f"dataset_name={name!r}: adapter={source.adapter!r} is no layout of this stage ({known})")
+        return self
+
+    def for_source(self, source: SourceConfig) -> Self:
+        """The config by which the rows of one source are read."""
+        return self.model_copy(update={field: getattr(source, field) for field in ("adapter", "columns", "roles")})
+
+
+class InstructionDatasetConfig(ChatDatasetConfig):
     """Chats or instruction/answer rows for supervised fine-tuning. Only the assistant's words and its end token count."""
 
     adapter: InstructionAdapterName | None = None
@@ -138,6 +171,8 @@ class InstructionDatasetConfig(DatasetConfig):
     checkpoint. None: the tokenizer's; where it has none, one that fits it."""
     train_on_reasoning: bool = True
     """The thoughts of an answer (`reasoning_content`, or `<think>…</think>` in its content) count like its words."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a chat count: all, or only the last. Answers that a row marks as not counting never do."""
     max_length: PositiveInt = 1024
     """Tokens of a sample, prompt and answer together."""
     truncation: Literal["drop", "cut_end", "cut_prompt_start"] = "cut_end"
@@ -151,8 +186,11 @@ class InstructionDatasetConfig(DatasetConfig):
     def _one_way_to_read(self) -> Self:
         if (self.prompt_field is None) != (self.response_field is None):
             raise ValueError("prompt_field and response_field name columns together: give both or none")
-        if self.adapter is not None and self.prompt_field is not None:
-            raise ValueError(f"adapter={self.adapter!r} reads columns of its own: leave prompt_field and response_field out")
+        for source in self.sources().values():
+            if source.adapter is not None and self.prompt_field is not None:
+                raise ValueError(
+                    f"adapter={source.adapter!r} reads columns of its own: leave prompt_field and response_field out"
+                )
         return self
 
 
@@ -169,11 +207,13 @@ class LintConfig(StrictModel):
     """The same prompt and sides as an earlier row of the source; `drop` keeps the first."""
     contradiction: Verdict = "keep"
     """An earlier row of the source prefers the other way round; `drop` leaves the later one out."""
+    scores_disagree: Verdict = "keep"
+    """The row's scores call the rejected side the better one."""
     over_limit: Verdict = "keep"
     """Longer than the limits of `DPOConfig`; `keep` leaves it to `truncation`."""
 
 
-class PreferenceDatasetConfig(DatasetConfig):
+class PreferenceDatasetConfig(ChatDatasetConfig):
     """Pairs of answers to one prompt, one of them preferred.
 
     Where no prompt column exists and both sides are strings in the `Human:`/`Assistant:` form of HH-RLHF, the prompt is
@@ -195,8 +235,9 @@ class PreferenceDatasetConfig(DatasetConfig):
     train_on_reasoning: bool = True
     """The thoughts of both answers are compared like their words."""
     min_score_ratio: NonNegativeFloat = 0.0
-    """Rows with a score for each side (Stanford SHP, rated answers): leave out pairs whose better score is less than this many
-    times the other one."""
+    """Leave out pairs whose better score is less than this many times the other one. Rows need a score for each side:
+    `score_chosen` and `score_rejected` (also `chosen_score`, and with `rating`, `avg_rating` or `reward`), or those of Stanford
+    SHP and of rated answers."""
     truncation: Literal["drop", "cut_end", "cut_prompt_start"] = "cut_prompt_start"
     """A pair over `max_length` is dropped; its answers lose their ends (and with them the end tokens); or its prompt loses its
     beginning, down to half of `max_length`, and only then answers their ends. Always counted."""

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from modern_llm.data.messages import Message, RowError
+from modern_llm.data.columns import RowError
+from modern_llm.data.messages import Message
 from modern_llm.data.template import MARK, ChatTemplate, common_length
 from modern_llm.data.tokenizer import TextEncoder
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from modern_llm.config import UserError
 from modern_llm.config.data import LanguageModelingDatasetConfig
-from modern_llm.data.messages import RowError, text_column
+from modern_llm.data.columns import Columns, RowError
 from modern_llm.data.prepared import Example, Part, fingerprint_of
 from modern_llm.data.readers import BadRows, Row
 from modern_llm.data.sources import open_source, prompt_hash, stream_rows
@@ -24,7 +24,7 @@ def document_ids(encoder: TextEncoder, ids: np.ndarray) -> np.ndarray:
 def document_text(row: Row, field: str, bad: BadRows) -> str | None:
     """The text of a row; None if it has none and bad rows are skipped."""
     try:
-        return text_column(row.values, field, "set text_field to the column that holds the document")
+        return Columns(row.values).text(field, "set text_field to the column that holds the document")
     except RowError as error:
         bad(f"{row.place}: {error}")
         return None

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
 from modern_llm.data.answers import Answer, end_of_turn, find_answers
-from modern_llm.data.messages import Chat, Message, RowError
+from modern_llm.data.columns import RowError
+from modern_llm.data.messages import Chat, Message
 from modern_llm.data.template import MARK, WORDS, ChatTemplate, Shape, common_length
 from modern_llm.data.tokenizer import TextEncoder
 

@@ -1,8 +1,9 @@
 """From a row of demonstrations to a chat: one pure function for each layout that public data sets come in.
 
 Whatever the layout, a chat begins with the user's first turn, behind system messages: assistant turns before it answer a
-question that is not there. It ends with an assistant's turn: a question at its end teaches nothing. Rows of which nothing is
-left by that give a reason: `no_question` (no user turn) or `no_answer` (no assistant turn with words or calls).
+question that is not there. It ends with an assistant's turn that counts: a question at its end teaches nothing. Rows of which
+nothing is left by that give a reason: `no_question` (no user turn), `no_answer` (no assistant turn with words or calls) or
+`no_turn_counts` (none of those counts).
 """
 
 from collections import defaultdict
@@ -11,26 +12,21 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from modern_llm.config.data import InstructionAdapterName, InstructionDatasetConfig
+from modern_llm.data.columns import Columns, RowError, checked_list
 from modern_llm.data.messages import (
     Chat,
     Message,
-    Row,
-    RowError,
-    asked_text,
-    checked_list,
-    checked_text,
-    column_names,
-    first_present,
     from_first_question,
+    has_words,
+    history,
     merged,
     messages_column,
     read_messages,
     read_tools,
-    system_turn,
-    text_column,
     with_system,
 )
 
+Row = Mapping[str, Any]
 Place = TypeVar("Place")
 
 INSTRUCTION_ANSWERS = ("output", "response", "completion", "answer")
@@ -46,8 +42,8 @@ class InstructionAdapter:
 
     columns: str
     """What the layout looks like, for errors."""
-    recognises: Callable[[Row], bool]
-    adapt: Callable[[Row], Chat | str]
+    recognises: Callable[[Columns], bool]
+    adapt: Callable[[Columns], Chat | str]
     """A chat, or the reason why the row holds nothing to train on. Raises `RowError`."""
 
 
@@ -60,10 +56,20 @@ def read_chat(row: Row, config: InstructionDatasetConfig) -> Chat | str:
     Raises:
         RowError: the row is of no known layout, or not as its layout wants it.
     """
+    columns = Columns.standard(row, config)
+    chat = _read(columns, config)
+    if isinstance(chat, str):
+        return chat
+    messages = chat.messages
+    if config.train_on == "last":
+        messages = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages[:-1]] + messages[-1:]
+    return Chat(messages, chat.tools, columns.findings())
+
+
+def _read(row: Columns, config: InstructionDatasetConfig) -> Chat | str:
     if config.prompt_field is not None and config.response_field is not None:
         material = ("input",) if config.prompt_field == "instruction" else ()
-        messages = [*_asked(row, config.prompt_field, material), *_answered(row, config.response_field)]
-        return _chat(with_system(row, messages), read_tools(row))
+        return _chat(row, [*_asked(row, config.prompt_field, material), *_answered(row, config.response_field)])
     if config.adapter is not None:
         return INSTRUCTION_ADAPTERS[config.adapter].adapt(row)
     for adapter in INSTRUCTION_ADAPTERS.values():
@@ -71,7 +77,7 @@ def read_chat(row: Row, config: InstructionDatasetConfig) -> Chat | str:
             return adapter.adapt(row)
     layouts = "; ".join(f"{name}: {adapter.columns}" for name, adapter in INSTRUCTION_ADAPTERS.items())
     raise RowError(
-        f"columns {column_names(row)} are no instruction layout that is known ({layouts}): "
+        f"columns {row.names()} are no instruction layout that is known ({layouts}): "
         "set adapter, or prompt_field and response_field"
     )
 
@@ -79,17 +85,17 @@ def read_chat(row: Row, config: InstructionDatasetConfig) -> Chat | str:
 # Lists of messages
 
 
-def adapt_messages(row: Row) -> Chat | str:
+def adapt_messages(row: Columns) -> Chat | str:
     """`{messages: [{role, content}], tools?}`: the layout of OpenAI, TRL, UltraChat, No Robots, Tulu.
 
     `role` is system (or developer), user, assistant or tool. `content` is text, a list of `{"type": "text"}` parts, or null
     next to `tool_calls`, whose arguments are a mapping or JSON of one. `tools` is a list of functions, or JSON of one. Turns
     stay as they are: two of one role in a row are the data set's own wish, which the chat template takes or refuses.
     """
-    return _chat(with_system(row, messages_column(row, "messages")), read_tools(row))
+    return _chat(row, messages_column(row, "messages"))
 
 
-def adapt_sharegpt(row: Row) -> Chat | str:
+def adapt_sharegpt(row: Columns) -> Chat | str:
     """`{conversations: [{from, value}], system?, tools?}`: ShareGPT, OpenHermes, SlimOrca, LLaMA-Factory's Glaive.
 
     `from` is system, human or user, gpt (or assistant, chatgpt, bing, bard), function_call (`value` is JSON of
@@ -100,56 +106,44 @@ def adapt_sharegpt(row: Row) -> Chat | str:
     Answers before the first question are left out; turns of one speaker are joined by a blank line, as nothing is lost by that
     and most chat templates want speakers to alternate. A call that follows words becomes one message with them.
     """
-    column = first_present(row, ("conversations", "conversation")) or "conversations"
-    return _chat(merged(with_system(row, messages_column(row, column))), read_tools(row))
+    column = row.first(("conversations", "conversation")) or "conversations"
+    return _chat(row, merged(messages_column(row, column)))
 
 
-def adapt_prompt_completion(row: Row) -> Chat | str:
-    """`{prompt, completion | response}`: TRL, MosaicML's dolly_hhrlhf. Each is text or a list of messages; `tools` and a
-    `system` column are optional. Assistant turns inside a prompt count like the answer.
+def adapt_prompt_completion(row: Columns) -> Chat | str:
+    """`{prompt, completion | response, history?}`: TRL, MosaicML's dolly_hhrlhf, ChatGLM. Each is text or a list of messages;
+    `tools` and a `system` column are optional. Assistant turns inside a prompt count like the answer.
     """
-    prompt = with_system(row, _asked(row, "prompt"))
-    return _chat([*prompt, *_answered(row, _answer_column(row, PROMPT_ANSWERS))], read_tools(row))
+    return _chat(row, [*_asked(row, "prompt"), *_answered(row, _answer_column(row, PROMPT_ANSWERS))])
 
 
-# Columns of text
+# Columns of text. Each may have `history` beside it, the turns that went before, whose answers count too; `system` and `tools`.
 
 
-def adapt_alpaca(row: Row) -> Chat | str:
+def adapt_alpaca(row: Columns) -> Chat | str:
     """`{instruction, input?, output | response, system?, history?}`: Alpaca, GPTeacher, LLaMA-Factory.
 
-    `input` stands below the instruction, after a blank line. `history` is a list of `[question, answer]` pairs that went
-    before; its answers count too.
+    `input` stands below the instruction, after a blank line.
     """
-    turns: list[Message] = []
-    for n, pair in enumerate(checked_list(row.get("history") or [], "column 'history'", "[question, answer] pairs")):
-        place = f"column 'history' entry {n}"
-        if len(checked_list(pair, place, "a question and an answer")) != 2:
-            raise RowError(f"{place} must be a question and an answer, not {len(pair)} texts")
-        turns += [
-            {"role": role, "content": checked_text(text, place)} for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-    question = _asked(row, "instruction", ("input",))
-    return _chat([*system_turn(row), *turns, *question, *_answered(row, _answer_column(row, INSTRUCTION_ANSWERS))])
+    return _chat(row, [*_asked(row, "instruction", ("input",)), *_answered(row, _answer_column(row, INSTRUCTION_ANSWERS))])
 
 
-def adapt_dolly(row: Row) -> Chat | str:
+def adapt_dolly(row: Columns) -> Chat | str:
     """`{instruction, context, response, category?}`: databricks-dolly-15k. `context` stands below the instruction."""
-    return _chat([*system_turn(row), *_asked(row, "instruction", ("context",)), *_answered(row, "response")])
+    return _chat(row, [*_asked(row, "instruction", ("context",)), *_answered(row, "response")])
 
 
-def adapt_question_answer(row: Row) -> Chat | str:
+def adapt_question_answer(row: Columns) -> Chat | str:
     """`{question, answer | response, context?, system_prompt? | system?}`: GSM8K, OpenOrca. `context` stands below the
     question.
     """
-    question = _asked(row, "question", ("context",))
-    return _chat([*system_turn(row), *question, *_answered(row, _answer_column(row, QUESTION_ANSWERS))])
+    return _chat(row, [*_asked(row, "question", ("context",)), *_answered(row, _answer_column(row, QUESTION_ANSWERS))])
 
 
 # OpenAssistant
 
 
-def adapt_oasst_tree(row: Row) -> Chat | str:
+def adapt_oasst_tree(row: Columns) -> Chat | str:
     """`{message_tree_id, prompt: {text, role, replies: [{text, role, rank, replies}]}}`: a tree of OpenAssistant.
 
     Its best thread: at each message the reply of lowest `rank`, unranked ones last, deleted ones never.
@@ -159,10 +153,10 @@ def adapt_oasst_tree(row: Row) -> Chat | str:
     while node is not None:
         thread.append(_oasst_message(node))
         node = _best(node.get("replies") or [])
-    return _chat(read_messages(thread, "column 'prompt'"))
+    return _chat(row, read_messages(thread, "column 'prompt'", row))
 
 
-def adapt_oasst(row: Row) -> Chat | str:
+def adapt_oasst(row: Columns) -> Chat | str:
     """`{message_id, parent_id, text, role, rank, message_tree_id}`: OpenAssistant (oasst1, oasst2) as flat messages.
 
     One row is one message, so that `threads` must have put the rows together before.
@@ -177,7 +171,8 @@ def adapt_oasst(row: Row) -> Chat | str:
 
 def needs_regrouping(first_row: Row) -> bool:
     """Whether a data set that begins with this row is one of flat messages, for `threads`."""
-    return all(column in first_row for column in FLAT_OASST_COLUMNS)
+    nulls = getattr(first_row, "nulls", ())  # a first message has no parent
+    return all(column in first_row or column in nulls for column in FLAT_OASST_COLUMNS)
 
 
 def threads(rows: Iterable[tuple[Place, Row]]) -> Iterator[tuple[Place, Row]]:
@@ -232,37 +227,45 @@ def _is_rank(value: Any) -> bool:
 # Parts
 
 
-def _chat(messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Chat | str:
-    kept = from_first_question(messages)
+def _chat(row: Columns, messages: list[Message]) -> Chat | str:
+    """The chat of a row's messages, below its system column and with its tools."""
+    kept = from_first_question(with_system(row, messages), row)
     if not any(message["role"] == "user" for message in kept):
         return "no_question"
-    while kept and kept[-1]["role"] != "assistant":
-        kept.pop()
-    if not any(m["role"] == "assistant" and (m["content"].strip() or "tool_calls" in m) for m in kept):
+    answers = [message for message in kept if message["role"] == "assistant"]
+    if not any(map(has_words, answers)):
         return "no_answer"
-    return Chat(kept, tools)
+    if not all(map(has_words, answers)):
+        row.found.add("found_empty_answer")
+    if kept[-1]["role"] != "assistant":
+        row.found.add("found_question_at_the_end")
+    while kept and (kept[-1]["role"] != "assistant" or kept[-1].get("train") is False):
+        kept.pop()
+    if not any(has_words(message) and message["role"] == "assistant" and message.get("train", True) for message in kept):
+        return "no_turn_counts"
+    return Chat(kept, read_tools(row))
 
 
-def _asked(row: Row, column: str, material: Sequence[str] = ()) -> list[Message]:
+def _asked(row: Columns, column: str, material: Sequence[str] = ()) -> list[Message]:
     if isinstance(row.get(column), list):
         return messages_column(row, column)
-    return [{"role": "user", "content": asked_text(row, column, material)}]
+    return [*history(row), {"role": "user", "content": row.asked_text(column, material)}]
 
 
-def _answered(row: Row, column: str) -> list[Message]:
+def _answered(row: Columns, column: str) -> list[Message]:
     if isinstance(row.get(column), list):
         return messages_column(row, column)
-    return [{"role": "assistant", "content": text_column(row, column)}]
+    return [{"role": "assistant", "content": row.text(column)}]
 
 
-def _answer_column(row: Row, names: Sequence[str]) -> str:
-    return first_present(row, names) or names[0]
+def _answer_column(row: Columns, names: Sequence[str]) -> str:
+    return row.first(names) or names[0]
 
 
-def _has(*needed: str | Sequence[str]) -> Callable[[Row], bool]:
+def _has(*needed: str | Sequence[str]) -> Callable[[Columns], bool]:
     """Recognises rows with all of these columns; of a group, with one of it."""
     groups = [(group,) if isinstance(group, str) else group for group in needed]
-    return lambda row: all(first_present(row, group) is not None for group in groups)
+    return lambda row: all(row.first(group) is not None for group in groups)
 
 
 # Order of trial: those with columns of their own first. UltraChat has `prompt` next to `messages`; Dolly is an Alpaca with

@@ -1,7 +1,7 @@
 """Demonstrations for supervised fine-tuning: only the assistant's words and their end token count."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,8 +10,10 @@ import numpy as np
 
 from modern_llm.config.data import InstructionDatasetConfig, SourceConfig
 from modern_llm.data.chat import ChatEncoder, ChatPart, Planned
+from modern_llm.data.columns import Columns, RowError
 from modern_llm.data.instruction_adapters import needs_regrouping, read_chat, threads
-from modern_llm.data.messages import Chat, RowError, prompt_text
+from modern_llm.data.lint import check_words
+from modern_llm.data.messages import Chat, prompt_text
 from modern_llm.data.packing import best_fit
 from modern_llm.data.prepared import (
     Mixture,
@@ -31,8 +33,8 @@ from modern_llm.data.tokenizer import template_fingerprint
 
 __all__ = ["InstructionDatasetConfig", "prepare_instructions"]
 
-_DECIDING = {"adapter", "prompt_field", "response_field", "train_on_reasoning", "max_length", "truncation"}
-"""Fields of the config that decide the tokens."""
+_DECIDING = {"prompt_field", "response_field", "train_on", "train_on_reasoning", "max_length", "truncation"}
+"""Fields of the config that decide the tokens, besides those of each source."""
 
 CHATS_AT_ONCE = 1000
 """Chats tokenized in one parallel call."""
@@ -65,7 +67,7 @@ def held_out_rows(config: InstructionDatasetConfig, encoder: ChatEncoder) -> lis
     for name, source in config.sources().items():
         bad = BadRows(skip=config.on_bad_row == "skip")
         opened = open_source(name, source, "instructions", config.eval_split)
-        for found_chat in chats_of(opened, config, encoder, bad, {"rows_read": 0}):
+        for found_chat in chats_of(opened, config.for_source(source), encoder, bad, {"rows_read": 0}):
             if config.eval_split is not None or is_held_out(chat_key(found_chat.chat), config):
                 found.append(found_chat.row.values)
     return found
@@ -91,14 +93,23 @@ class FoundChat:
 def chats_of(
     source: Source, config: InstructionDatasetConfig, encoder: ChatEncoder, bad: BadRows, report: Report
 ) -> Iterator[FoundChat]:
-    """Every row that is a chat which the template can show; the others are counted by reason."""
+    """Every row that is a chat which the template can show; the others are counted by reason.
+
+    Args:
+        source: of rows.
+        config: for this source (`for_source`).
+        encoder: knows the template.
+        bad: hears of rows that cannot be read.
+        report: gets the counts.
+    """
     rows = read_rows(source, bad, report)
     first = next(rows, None)
     if first is None:
         return
-    every: Iterator[tuple[tuple[int, Row], Any]] = ((item, item[1].values) for item in itertools.chain([first], rows))
+    every: Iterator[tuple[tuple[int, Row], Mapping[str, Any]]]
+    every = ((item, item[1].values) for item in itertools.chain([first], rows))
     if config.adapter in (None, "oasst") and needs_regrouping(first[1].values):
-        every = threads(every)
+        every = ((place, Columns(thread, config)) for place, thread in threads(every))
     for (number, row), values in every:
         try:
             chat = read_chat(values, config)
@@ -109,17 +120,20 @@ def chats_of(
         if isinstance(chat, str):
             count(report, f"dropped_because_{chat}")
         else:
+            for name in chat.found:
+                count(report, name)
             if any(plan.plan.loses for plan in plans):
                 count(report, "found_reasoning_of_earlier_turns_left_out")
             if any(map(encoder.merges_over_border, plans)):
                 count(report, "found_answer_that_merges_with_its_prompt")
+            check_words(chat.messages, encoder, row.place, report)
             yield FoundChat(number, row, chat, plans)
 
 
 def _build(
     config: InstructionDatasetConfig,
     encoder: ChatEncoder,
-    _: SourceConfig,
+    source_config: SourceConfig,
     source: Source,
     writer: StoreWriter,
     bad: BadRows,
@@ -141,7 +155,7 @@ def _build(
                 writer.add([segment], found.number, chat_key(found.chat), flags)
         waiting.clear()
 
-    for found in chats_of(source, config, encoder, bad, report):
+    for found in chats_of(source, config.for_source(source_config), encoder, bad, report):
         waiting.append(found)
         if len(waiting) == CHATS_AT_ONCE:
             flush()

@@ -1,10 +1,14 @@
-"""Checks of preference pairs before training: what is doubtful is counted, and dropped, kept or refused as the config says."""
+"""Checks before training: what is doubtful is counted, and for pairs dropped, kept or refused as the config says."""
 
+import functools
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from modern_llm.config import UserError
 from modern_llm.config.data import LintConfig
-from modern_llm.data.messages import Pair, prompt_text
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.messages import Message, Pair, answer_text, has_words, prompt_text
 from modern_llm.data.prepared import Report, count
 from modern_llm.data.sources import prompt_hash
 
@@ -16,17 +20,16 @@ class Lint:
         self.config, self.report = config, report
         self.seen: set[tuple[int, int, int]] = set()
 
-    def keeps(self, pair: Pair, prompts_differ: bool, place: str) -> bool:
-        """Whether a pair is used.
+    def keeps(self, pair: Pair, doubts: Sequence[str], place: str) -> bool:
+        """Return True if a pair is used. `doubts` are the findings of the layout that read the row.
 
         Raises:
             UserError: a finding that the config calls a failure.
         """
-        prompt, chosen, rejected = prompt_hash(prompt_text(pair.prompt)), prompt_hash(pair.chosen), prompt_hash(pair.rejected)
-        findings = []
-        if prompts_differ:
-            findings.append("prompts_differ")
-        if not pair.chosen.strip() or not pair.rejected.strip():
+        prompt = prompt_hash(prompt_text(pair.prompt))
+        chosen, rejected = (prompt_hash(answer_text(answer)) for answer in (pair.chosen, pair.rejected))
+        findings = [*doubts]
+        if not has_words(pair.chosen) or not has_words(pair.rejected):
             findings.append("empty_answer")
         if chosen == rejected:
             findings.append("identical_answers")
@@ -51,3 +54,19 @@ class Lint:
         name = f"dropped_because_{finding}" if wanted == "drop" else f"found_{finding}"
         count(self.report, name)
         return wanted == "keep"
+
+
+def check_words(messages: Sequence[Message], encoder: ChatEncoder, place: str, report: Report) -> None:
+    """Count a row with control tokens of the tokenizer in its words: they stay text, so a prompt that was rendered already is
+    rendered a second time. The report says where the first such row is.
+    """
+    pattern = _any_of(encoder.encoder.control_texts)
+    if any(pattern.search(message["content"]) for message in messages):
+        count(report, "found_control_tokens_in_text")
+        report.setdefault("first_control_tokens_in_text", place)
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+    """Pattern that finds any of the texts; nothing, if there are none."""
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

@@ -1,4 +1,4 @@
-"""What a row becomes, a chat or a pair, and how its columns are read. Shared by the adapters of both kinds of data set."""
+"""What a row becomes, a chat or a pair, and how messages are read. Shared by the layouts of both kinds of data set."""
 
 import json
 import re
@@ -7,31 +7,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from modern_llm.config.io import parse_json
+from modern_llm.data.columns import (
+    MEDIA_COLUMNS,
+    ROLES,
+    SHAREGPT_ROLES,
+    Columns,
+    RowError,
+    checked_list,
+    checked_text,
+    without_nulls,
+)
 
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant" | "tool", "content": text}`. An assistant's may carry `tool_calls`, a list of
-`{"type": "function", "function": {"name": text, "arguments": mapping}}`; a tool's may carry its `name`."""
+`{"type": "function", "function": {"name": text, "arguments": mapping}}`; `reasoning_content`, text that it thought before; and
+`"train": False` if its words do not count. A tool's may carry its `name` and the `tool_call_id` that it answers."""
 
-Row = Mapping[str, Any]
-"""One row: column to value."""
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-"""Roles of messages with `role` and `content` (OpenAI, TRL)."""
-
-SHAREGPT_ROLES = {
-    **dict.fromkeys(("system",), "system"),
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+TRAIN_KEYS = ("train", "trainable", "training", "loss", "loss_mask", "weight", "loss_weight")
+"""Keys of an answer that say true or 1 where it counts (axolotl, ms-swift, verl, OpenAI, LLaMA-Factory)."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+READ_KEYS = {
+    "assistant": {*TRAIN_KEYS, *REASONING_KEYS, "masked", "tool_calls", "function_call", "refusal"},
+    "tool": {"name", "tool_call_id"},
 }
-"""Roles of messages with `from` and `value` (ShareGPT, LLaMA-Factory)."""
-
-
+"""Keys that are read, by role, besides `role` and `content`, or `from` and `value`."""
+HARMLESS_KEYS = {
+    *("id", "message_id", "parent_id", "uuid", "index", "turn", "turn_id", "turn_identifier", "hash", "rank"),
+    *("timestamp", "created_at", "updated_at", "date", "time", "model", "author", "source", "country", "state", "hashed_ip"),
+    *("header", "lang", "language", "toxic", "redacted", "moderation", "finish_reason", "stop_reason", "usage", "tokens"),
+    *("num_tokens", "token_count", "logprobs", "score", "rating", "metadata", "info"),
+}
+"""Keys of a message that only describe it. Others that are not read are counted as `ignored_…`."""
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class RowError(ValueError):
-    """What is wrong with a row, by column. It does not know the file and the line: who reads the rows adds them."""
 
 
 @dataclass(frozen=True)
@@ -41,105 +48,73 @@ class Chat:
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     """Functions that the assistant may call, each `{"type": "function", "function": {"name": …, …}}`."""
+    found: tuple[str, ...] = ()
+    """Names of counts for the report: what was noticed in the row."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and two answers to it, as text."""
+    """A prompt and two answers to it, each an assistant's message."""
 
     prompt: list[Message]
-    chosen: str
-    rejected: str
+    chosen: Message
+    rejected: Message
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the assistant may call, in the form of `Chat.tools`."""
 
 
 # Columns
 
 
-def checked_text(value: Any, place: str) -> str:
-    """A text that a tokenizer can take.
-
-    Raises:
-        RowError: not text, or with half a character in it.
-    """
-    if not isinstance(value, str):
-        raise RowError(f"{place} must be text, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"{place} holds half a character ({value[error.start]!a}): take it out of the file") from None
-    return value
-
-
-def text_column(row: Row, name: str, remedy: str = "") -> str:
-    """The text of a column.
-
-    Args:
-        row: of a data set.
-        name: the column.
-        remedy: what to do where it is missing.
-
-    Raises:
-        RowError: the column is missing or holds something else.
-    """
-    return checked_text(value_of(row, name, remedy), f"column '{name}'")
-
-
-def value_of(row: Row, name: str, remedy: str = "") -> Any:
-    """What a column holds. Raises `RowError`, with the remedy, where it is missing."""
-    if name not in row:
-        raise RowError(f"no column '{name}' (columns: {column_names(row)})" + (f": {remedy}" if remedy else ""))
-    return row[name]
-
-
-def checked_list(value: Any, place: str, what: str) -> list[Any]:
-    """The value if it is a list; `what` says of what, for the error."""
-    if not isinstance(value, list):
-        raise RowError(f"{place} must be a list of {what}, not {type(value).__name__}")
-    return value
-
-
-def column_names(row: Row) -> str:
-    return ", ".join(map(str, row)) or "none"
-
-
-def first_present(row: Row, names: Sequence[str]) -> str | None:
-    return next((name for name in names if name in row), None)
-
-
-def optional_text(row: Row, names: Sequence[str]) -> str:
-    """The first of these columns that has words; empty if none has."""
-    texts = [text_column(row, name) for name in names if row.get(name) is not None]
-    return next((text for text in texts if text.strip()), "")
-
-
-def asked_text(row: Row, name: str, material: Sequence[str] = (), remedy: str = "") -> str:
-    """The user's words: a column and, below it after a blank line, the columns with what it speaks about."""
-    texts = [optional_text(row, [more]) for more in material]
-    return "\n\n".join([text_column(row, name, remedy), *filter(None, texts)])
-
-
-def system_turn(row: Row) -> list[Message]:
+def system_turn(row: Columns) -> list[Message]:
     """The system message of a `system` or `system_prompt` column; none if it is blank."""
-    text = optional_text(row, ("system", "system_prompt"))
+    text = row.optional_text("system", "system_prompt")
     return [{"role": "system", "content": text}] if text else []
 
 
-def read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """The `tools` column: a list of functions, or JSON of one. None if there are none.
+def history(row: Columns) -> list[Message]:
+    """The turns of a `history` column: `[question, answer]` pairs (ChatGLM, LLaMA-Factory), or messages.
+
+    Raises:
+        RowError: it is something else.
+    """
+    turns: list[Message] = []
+    entries = checked_list(row.get("history") or [], "column 'history'", "[question, answer] pairs or messages")
+    for n, entry in enumerate(entries):
+        place = f"column 'history' entry {n}"
+        if isinstance(entry, Mapping):
+            turns.append(read_message(entry, place, row))
+            continue
+        if len(checked_list(entry, place, "a question and an answer")) != 2:
+            raise RowError(f"{place} must be a question and an answer, not {len(entry)} texts")
+        for role, text in zip(("user", "assistant"), entry, strict=True):
+            turns.append({"role": role, "content": checked_text(text, place)})
+    return turns
+
+
+def read_tools(row: Columns) -> list[dict[str, Any]] | None:
+    """The `tools` column (or `functions`): a list of functions, or JSON of one. None if there are none.
+
+    Nulls are left out and counted as in arguments of calls.
 
     Raises:
         RowError: it is neither, or a function has no name.
     """
-    value = row.get("tools")
+    column = "tools" if row.get("tools") else "functions"
+    value, place = row.get(column), f"column {column!r}"
+    if not value:
+        return None
     if isinstance(value, str):
-        value = _parsed(value, "column 'tools'") if value.strip() else None
+        value = _parsed(value, place) if value.strip() else None
+    elif value != (value := without_nulls(value)):
+        row.found.add("found_nulls_in_tools")
     tools = []
-    for tool in [value] if isinstance(value, Mapping) else checked_list(value or [], "column 'tools'", "functions"):
+    for tool in [value] if isinstance(value, Mapping) else checked_list(value or [], place, "functions"):
         known = isinstance(tool, Mapping)
         function = tool.get("function", tool) if known else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError("column 'tools' must be a list of functions, each with a text 'name'")
-        checked_text(json.dumps(function, ensure_ascii=False, default=str), "column 'tools'")
+            raise RowError(f"{place} must be a list of functions, each with a text 'name'")
+        checked_text(json.dumps(function, ensure_ascii=False, default=str), place)
         tools.append({"type": "function", "function": dict(function)})
     return tools or None
 
@@ -147,75 +122,129 @@ def read_tools(row: Row) -> list[dict[str, Any]] | None:
 # Messages
 
 
-def read_messages(value: Any, place: str) -> list[Message]:
-    """A list of messages.
+def read_messages(value: Any, place: str, row: Columns) -> list[Message]:
+    """A list of messages of a row.
 
     Raises:
         RowError: it is none, or something in it is no message.
     """
-    return [read_message(fields, f"{place} message {n}") for n, fields in enumerate(checked_list(value, place, "messages"))]
+    messages = checked_list(value, place, "messages")
+    return [read_message(fields, f"{place} message {n}", row) for n, fields in enumerate(messages)]
 
 
-def messages_column(row: Row, name: str) -> list[Message]:
+def messages_column(row: Columns, name: str) -> list[Message]:
     """The messages of a column. Raises `RowError`."""
-    return read_messages(value_of(row, name), f"column '{name}'")
+    return read_messages(row.required(name), f"column '{name}'", row)
 
 
-def with_system(row: Row, messages: list[Message]) -> list[Message]:
+def with_system(row: Columns, messages: list[Message]) -> list[Message]:
     """The messages below the system column, unless they have a system message of their own."""
     return messages if any(message["role"] == "system" for message in messages) else [*system_turn(row), *messages]
 
 
-def read_message(fields: Any, place: str) -> Message:
-    """One message, with `role` and `content`, or with `from` and `value`. Other keys are not read.
+def read_message(fields: Any, place: str, row: Columns) -> Message:
+    """One message, with `role` and `content`, or with `from` and `value`. Keys that are null are absent.
 
-    Content is text; a list of `{"type": "text", "text": …}` parts, which are joined; or null next to `tool_calls`.
+    Content is text; a list of `{"type": "text", "text": …}` parts, which are joined; or absent next to calls or a `refusal`,
+    which is what the assistant said then. Calls are `tool_calls`, OpenAI's former `function_call`, or the value of a turn from
+    `function_call`. `row` has the roles of its data set, and is told which keys were left out.
 
     Raises:
-        RowError: a role that is not known, content that is no text, a call that cannot be read, or an assistant's `weight`
-            other than 1: every word of an assistant counts.
+        RowError: a role that is not known, content that is no text, a call that cannot be read, two keys that contradict each
+            other, or one that says neither that an answer counts nor that it does not.
     """
     if not isinstance(fields, Mapping):
         raise RowError(f"{place} must have 'role' and 'content', or 'from' and 'value', not be {type(fields).__name__}")
+    fields = {key: value for key, value in fields.items() if value is not None}
     role_key, content_key, roles = ("from", "value", SHAREGPT_ROLES) if "from" in fields else ("role", "content", ROLES)
     given = fields.get(role_key)
+    given = row.roles.get(given, given) if isinstance(given, str) else given
     if not isinstance(given, str) or given not in roles:
-        raise RowError(f"{place}: '{role_key}' must be one of {', '.join(roles)}, not {given!r}")
+        expected = ", ".join(roles)
+        raise RowError(f"{place}: '{role_key}' must be one of {expected}, not {given!r}: 'roles' of the config may name others")
     role, content, calls = roles[given], fields.get(content_key), fields.get("tool_calls")
     if given == "function_call":
         content, calls = "", _parsed(checked_text(content, f"{place}: '{content_key}'"), f"{place}: '{content_key}'")
         calls = [calls] if isinstance(calls, Mapping) else calls
+    calls = [*checked_list(calls or [], place, "tool calls"), *filter(None, [fields.get("function_call")])]
     if calls and role != "assistant":
         raise RowError(f"{place}: only an assistant has 'tool_calls', not {given!r}")
-    calls = [_call(call, f"{place} call {n}") for n, call in enumerate(checked_list(calls or [], place, "tool calls"))]
+    calls = [_call(call, f"{place} call {n}", row) for n, call in enumerate(calls)]
+    if role == "assistant" and "refusal" in fields:
+        content = _only_one({content_key: content, "refusal": fields["refusal"]}, place)
     text = "" if content is None and calls else _content(content, f"{place}: '{content_key}'")
     message: Message = {"role": role, "content": text}
     if calls:
         message["tool_calls"] = calls
-    if role == "tool" and fields.get("name") is not None:
-        message["name"] = checked_text(fields["name"], f"{place}: 'name'")
-    for key in ("weight", "loss_weight"):
-        if role == "assistant" and fields.get(key) not in (None, 1):
-            raise RowError(f"{place}: '{key}' is {fields[key]!r}: an assistant's turns all count, so it can only be 1")
+    if role == "tool":
+        message |= {key: checked_text(fields[key], f"{place}: '{key}'") for key in READ_KEYS[role] & fields.keys()}
+    more = fields.keys() - {role_key, content_key}
+    if role == "assistant" and more:
+        if thought := _only_one({key: fields.get(key) for key in REASONING_KEYS}, place):
+            message["reasoning_content"] = checked_text(thought, f"{place}: the thought")
+        if not _counts(fields, place):
+            message["train"] = False
+    for key in more and more - READ_KEYS.get(role, set()) - HARMLESS_KEYS:
+        if key in MEDIA_COLUMNS and fields[key]:
+            raise RowError(f"{place}: '{key}' is no text, and only text can be trained on: leave such rows out")
+        if fields[key]:
+            row.found.add(f"ignored_{key}")
     return message
+
+
+def _only_one(values: Mapping[str, Any], place: str) -> Any:
+    """Value of the one key that has any, or of several that say the same; the first if none has.
+
+    Raises:
+        RowError: two keys say different things.
+    """
+    said = {key: value for key, value in values.items() if value}
+    if any(value != first for first in list(said.values())[:1] for value in said.values()):
+        raise RowError(f"{place}: {' and '.join(map(repr, said))} say different things: leave one of them out")
+    return next(iter((said or values).values()))
+
+
+def _counts(fields: Mapping[str, Any], place: str) -> bool:
+    """Return True if an answer counts: none of its `TRAIN_KEYS` says no, and `masked` (torchtune) does not say yes.
+
+    Raises:
+        RowError: a weight in between, or `mask`, which means in some data sets that an answer counts, in others the reverse.
+    """
+    if "mask" in fields:
+        raise RowError(
+            f"{place}: 'mask' has two meanings: rename it to 'train' (true: it counts) or 'masked' (true: it does not)"
+        )
+    verdicts = [True]
+    for key in fields.keys() & {*TRAIN_KEYS, "masked"}:
+        value = fields[key]
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise RowError(f"{place}: '{key}' is {value!r}: an answer counts as a whole (1, true) or not at all (0, false)")
+        verdicts.append(bool(value) == (key != "masked"))
+    return all(verdicts)
+
+
+def has_words(message: Message) -> bool:
+    """Return True if a message says, calls or thinks something."""
+    return bool(message["content"].strip() or "tool_calls" in message or "reasoning_content" in message)
 
 
 def merged(messages: Sequence[Message]) -> list[Message]:
     """Consecutive turns of one speaker as one, a blank line between them, so that speakers alternate.
 
     Results of tools stay apart: each answers its own call. Words that follow a call stay apart too: in one message they
-    would come before it.
+    would come before it. So do an answer that counts and one that does not, and what is said before a thought.
     """
     turns: list[Message] = []
     for message in messages:
         last = turns[-1] if turns else None
         words_after_call = last is not None and "tool_calls" in last and message["content"].strip()
-        if last is None or last["role"] != message["role"] or message["role"] == "tool" or words_after_call:
+        apart = words_after_call or message["role"] == "tool" or "reasoning_content" in message
+        if last is None or last["role"] != message["role"] or last.get("train") != message.get("train") or apart:
             turns.append(message)
             continue
         content = "\n\n".join(text for text in (last["content"], message["content"]) if text.strip())
         calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
-        turns[-1] = {"role": last["role"], "content": content, **({"tool_calls": calls} if calls else {})}
+        turns[-1] = {**last, "content": content, **({"tool_calls": calls} if calls else {})}
     return turns
 
 
@@ -228,16 +257,29 @@ def dialogue(text: str) -> list[Message] | None:
     return [{"role": roles[who], "content": words.strip()} for who, words in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
-def from_first_question(messages: Sequence[Message]) -> list[Message]:
+def from_first_question(messages: Sequence[Message], row: Columns) -> list[Message]:
     """The system messages, and everything from the user's first turn on: what is said before answers nothing that is known."""
     first = next((n for n, message in enumerate(messages) if message["role"] == "user"), len(messages))
-    return [*(message for message in messages[:first] if message["role"] == "system"), *messages[first:]]
+    before = [message for message in messages[:first] if message["role"] == "system"]
+    if len(before) < first < len(messages):
+        row.found.add("found_answer_before_the_first_question")
+    return [*before, *messages[first:]]
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
     """What two chats must differ in to count as different prompts."""
-    said = [(m["role"], m["content"].strip(), *([m["tool_calls"]] if "tool_calls" in m else ())) for m in messages]
+    said = []
+    for m in messages:
+        # ids of calls are drawn at random
+        calls = [{key: call[key] for key in ("type", "function")} for call in m.get("tool_calls", ())]
+        thoughts = [m["reasoning_content"]] if "reasoning_content" in m else []
+        said.append((m["role"], m["content"].strip(), *([calls] if calls else []), *thoughts))
     return json.dumps(said, ensure_ascii=False, default=str)
+
+
+def answer_text(answer: Message) -> str:
+    """Text by which answers are compared: the words; with a call or a thought, JSON of all."""
+    return answer["content"] if set(answer) <= {"role", "content", "train"} else prompt_text([answer])
 
 
 def _content(value: Any, place: str) -> str:
@@ -245,28 +287,35 @@ def _content(value: Any, place: str) -> str:
         return checked_text(value, place)
     texts = []
     for n, part in enumerate(value):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
+        if not isinstance(part, Mapping) or part.get("type") not in ("text", "refusal"):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise RowError(f"{place} part {n} must be of type 'text', not {kind!r}: only text can be trained on")
-        text = part.get("text")
-        texts.append(checked_text(part.get("value") if text is None else text, f"{place} part {n}"))
+        text = next((part[key] for key in ("text", "value", "refusal") if part.get(key) is not None), None)
+        texts.append(checked_text(text, f"{place} part {n}"))
     return "".join(texts)
 
 
-def _call(value: Any, place: str) -> dict[str, Any]:
-    """A call as `{"function": {"name", "arguments"}}` or `{"name", "arguments"}`; arguments are a mapping or JSON of one."""
+def _call(value: Any, place: str, row: Columns) -> dict[str, Any]:
+    """A call as `{"function": {"name", "arguments"}}` or `{"name", "arguments"}`; arguments are a mapping or JSON of one.
+
+    Nulls in a mapping are left out and counted: Arrow fills in the arguments of all other calls. Those in JSON text stay.
+    """
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(f"{place} must have a text 'name' and 'arguments'")
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
         arguments = _parsed(arguments, f"{place}: 'arguments'")
+    elif arguments != (arguments := without_nulls(arguments)):
+        row.found.add("found_nulls_in_arguments")
     arguments = arguments or {}
     if not isinstance(arguments, Mapping):
         raise RowError(f"{place}: 'arguments' must be a mapping, not {type(arguments).__name__}")
-    call = {"name": function["name"], "arguments": dict(arguments)}
+    call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    if isinstance(value.get("id"), str):
+        call["id"] = value["id"]
     checked_text(json.dumps(call, ensure_ascii=False, default=str), place)
-    return {"type": "function", "function": call}
+    return call
 
 
 def _parsed(text: str, place: str) -> Any:

@@ -2,45 +2,37 @@
 
 Whether a pair is worth training on (identical answers, an empty one, prompts that differ) is not decided here. Reasons are
 given only where there is no pair: `turns_out_of_order` (a prompt that does not end with the user's turn, or a side that does
-not end with the assistant's), `answer_calls_tools`, `tie`, `one_answer` and `score_ratio`.
+not end with the assistant's), `no_turn_counts` (an answer is marked as not counting), `tie`, `one_answer`, `no_post` and
+`score_ratio`.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modern_llm.config.data import PreferenceAdapterName, PreferenceDatasetConfig
+from modern_llm.data.columns import Columns, RowError, checked_list, checked_text
 from modern_llm.data.messages import (
     Message,
     Pair,
-    Row,
-    RowError,
-    asked_text,
-    checked_text,
-    column_names,
     dialogue,
-    first_present,
     from_first_question,
+    history,
     merged,
     messages_column,
     prompt_text,
     read_message,
     read_messages,
+    read_tools,
     system_turn,
-    text_column,
-    value_of,
     with_system,
 )
+from modern_llm.data.preference_scores import Scores, rated_answers, score_ratio, side_scores
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction")
 MATERIAL_COLUMNS = {"question": ("context",), "instruction": ("input", "context")}
 CONVERSATION_COLUMNS = ("conversations", "conversation")
 ANSWER_COLUMNS = ("completions", "responses", "answers")
-ANSWER_KEYS = ("text", "response", "content", "answer")
-SCORE_KEYS = ("score", "rating", "overall_score", "fine-grained_score")
-SCORE_COLUMNS = ("scores", "ratings")
-RANK_COLUMNS = ("ranks", "rank")
 
 
 @dataclass(frozen=True)
@@ -48,8 +40,10 @@ class PairRow:
     """A pair as its row has it."""
 
     pair: Pair
-    prompts_differ: bool
-    """The two sides carry different prompts; the pair has the chosen side's."""
+    doubts: tuple[str, ...] = ()
+    """Fields of `LintConfig`: `prompts_differ` (the pair has the chosen side's prompt), `scores_disagree`."""
+    found: tuple[str, ...] = ()
+    """Names of counts for the report: what was noticed in the row."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +52,12 @@ class PreferenceAdapter:
 
     columns: str
     """What the layout looks like, for errors."""
-    recognises: Callable[[Row, PreferenceDatasetConfig], bool]
-    adapt: Callable[[Row, PreferenceDatasetConfig], PairRow | str]
+    recognises: Callable[[Columns, PreferenceDatasetConfig], bool]
+    adapt: Callable[[Columns, PreferenceDatasetConfig], PairRow | str]
     """A pair, or the reason why the row holds none. Raises `RowError`."""
 
 
-def read_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
+def read_pair(row: Mapping[str, Any], config: PreferenceDatasetConfig) -> PairRow | str:
     """One row as a pair, or the reason why it holds none.
 
     `config` names the layout (`adapter`), or the first one that recognises the row's columns reads it.
@@ -71,6 +65,12 @@ def read_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
     Raises:
         RowError: the row is of no known layout, or not as its layout wants it.
     """
+    columns = Columns.standard(row, config)
+    pair = _read(columns, config)
+    return pair if isinstance(pair, str) else replace(pair, found=columns.findings())
+
+
+def _read(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     if config.adapter is not None:
         return PREFERENCE_ADAPTERS[config.adapter].adapt(row, config)
     for adapter in PREFERENCE_ADAPTERS.values():
@@ -80,10 +80,10 @@ def read_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
     if has_one_side or config.prompt_field is not None or _names_its_sides(config):
         return adapt_prompt_pair(row, config)  # says which column is missing
     layouts = "; ".join(f"{name}: {adapter.columns}" for name, adapter in PREFERENCE_ADAPTERS.items())
-    one_sided = first_present(row, ("label", "kto_tag"))
+    one_sided = row.first(("label", "kto_tag"))
     hint = f"; rows with one answer and a verdict ('{one_sided}'), as for KTO, are no pairs" if one_sided else ""
     raise RowError(
-        f"columns {column_names(row)} are no preference layout that is known ({layouts}): "
+        f"columns {row.names()} are no preference layout that is known ({layouts}): "
         f"set adapter, or prompt_field, chosen_field and rejected_field{hint}"
     )
 
@@ -91,59 +91,55 @@ def read_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
 # Two sides
 
 
-def adapt_prompt_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
+def adapt_prompt_pair(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """`{prompt | question | instruction (+ input), chosen, rejected, system? | system_prompt?}`: UltraFeedback binarized,
-    Intel's Orca pairs, Argilla's mixes, TRL. With `score_chosen` and `score_rejected`, `min_score_ratio` applies.
+    Intel's Orca pairs, Argilla's mixes, TRL. `history` may stand beside a prompt that is text.
 
     The prompt is text or a list of messages; so is each side, which may also be one message. A side that begins with a user's
     or a system turn carries the whole prompt, all but its last turn: the prompt column only repeats it. A side that begins
     with an assistant's turn goes on from the prompt column. Without such a column both sides must carry the prompt. A prompt
     of the form `\\n\\nHuman: … \\n\\nAssistant:` (Dahoas' HH) is split into turns.
     """
-    column = config.prompt_field or first_present(row, PROMPT_COLUMNS)
+    column = config.prompt_field or row.first(PROMPT_COLUMNS)
     prompt, is_dialogue = ([], False) if column is None else _prompt(row, column, config)
     chosen, rejected = (_side(row, name, remedy, is_dialogue) for name, remedy in _sides(config))
     if column is None and not _has_sides(row, config, list):
         raise RowError(f"no prompt: there is none of the columns {', '.join(PROMPT_COLUMNS)}: set prompt_field")
-    if config.min_score_ratio > 0 and {"score_chosen", "score_rejected"} <= row.keys():
-        scores = (_number(row[name], f"column '{name}'") for name in ("score_chosen", "score_rejected"))
-        if _ratio(*scores) < config.min_score_ratio:
-            return "score_ratio"
-    return _pair(_whole(prompt, chosen, row), _whole(prompt, rejected, row))
+    return _pair(row, config, _whole(prompt, chosen, row), _whole(prompt, rejected, row))
 
 
-def adapt_hh(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
+def adapt_hh(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """`{chosen, rejected}`, each `\\n\\nHuman: … \\n\\nAssistant: …`: Anthropic's HH-RLHF.
 
     The prompt is everything up to the last `Assistant:`. Its turns of one speaker in a row are joined by a blank line.
     """
     sides = []
     for name, remedy in _sides(config):
-        turns = dialogue(text_column(row, name, remedy))
+        turns = dialogue(row.text(name, remedy))
         if turns is None:
             raise RowError(
                 f"no prompt: column '{name}' is no 'Human:'/'Assistant:' dialogue and there is none of the columns "
                 f"{', '.join(PROMPT_COLUMNS)}: set prompt_field"
             )
-        sides.append([*merged(turns[:-1]), turns[-1]])
-    return _pair(*sides)
+        sides.append([*system_turn(row), *merged(turns[:-1]), turns[-1]])
+    return _pair(row, config, *sides)
 
 
-def adapt_sharegpt_pair(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
+def adapt_sharegpt_pair(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """`{conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}, system?}`: LLaMA-Factory's
     DPO-En-Zh-20k. Sides may be text; `role` and `content` are read as well. The conversation begins with the user's first
     turn, and turns of one speaker are joined, as in `instruction_adapters.adapt_sharegpt`.
     """
     column = _conversation_column(row, config) or "conversations"
-    prompt = merged(from_first_question(with_system(row, messages_column(row, column))))
+    prompt = merged(from_first_question(with_system(row, messages_column(row, column)), row))
     chosen, rejected = (_side(row, name, remedy) for name, remedy in _sides(config))
-    return _pair(_whole(prompt, chosen, row), _whole(prompt, rejected, row))
+    return _pair(row, config, _whole(prompt, chosen, row), _whole(prompt, rejected, row))
 
 
 # Two answers of other names
 
 
-def adapt_shp(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
+def adapt_shp(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """`{history, human_ref_A, human_ref_B, labels, score_A, score_B, score_ratio?}`: Stanford Human Preferences. `labels` is 1
     where A is better, 0 where B is. `min_score_ratio` applies.
     """
@@ -151,101 +147,107 @@ def adapt_shp(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
     if isinstance(label, bool) or label not in (0, 1):
         raise RowError(f"column 'labels' must be 1 (A is better) or 0 (B is better), not {label!r}")
     better, worse = ("A", "B") if label else ("B", "A")
-    if config.min_score_ratio > 0:
-        names = [f"score_{better}", f"score_{worse}"]
-        if not set(names) <= row.keys():
-            raise RowError(f"min_score_ratio needs the columns {' and '.join(sorted(names))} (columns: {column_names(row)})")
-        if _ratio(*(_number(row[name], f"column '{name}'") for name in names)) < config.min_score_ratio:
-            return "score_ratio"
-    return _text_pair(_user(text_column(row, "history")), *(text_column(row, f"human_ref_{side}") for side in (better, worse)))
+    answers = (row.text(f"human_ref_{side}") for side in (better, worse))
+    prompt = [*system_turn(row), *_user(row.text("history"))]
+    return _text_pair(row, config, prompt, *answers, scores=side_scores(row, config, (better, worse)))
 
 
-def adapt_stack_exchange(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
+def adapt_stack_exchange(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """`{question, response_j, response_k}`: stack-exchange-paired. `response_j` is the better one."""
-    return _text_pair(_user(text_column(row, "question")), text_column(row, "response_j"), text_column(row, "response_k"))
+    prompt, _ = _prompt(row, config.prompt_field or "question", config)
+    return _text_pair(row, config, prompt, row.text("response_j"), row.text("response_k"))
 
 
-def adapt_rated(row: Row, config: PreferenceDatasetConfig) -> PairRow | str:
+def adapt_tldr(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
+    """`{info: {subreddit, title, post}, summaries: [{text}, {text}], choice}`: the comparisons of OpenAI's
+    summarize_from_feedback, on which the DPO paper trained; `choice` is the number of the better summary.
+
+    The prompt is that of Stiennon et al. 2020 (table of hyperparameters, "query format"). Its articles of CNN/DM have no post:
+    `no_post`.
+    """
+    info, summaries, choice = (row.required(name) for name in ("info", "summaries", "choice"))
+    summaries = checked_list(summaries, "column 'summaries'", "two summaries")
+    if not isinstance(info, Mapping) or len(summaries) != 2 or not all(isinstance(summary, Mapping) for summary in summaries):
+        raise RowError("column 'info' must be a mapping with 'post', and 'summaries' two mappings with 'text'")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise RowError(f"column 'choice' must be 0 or 1, the number of the better summary, not {choice!r}")
+    if info.get("post") is None:
+        return "no_post"
+    subreddit, title, post = (checked_text(info.get(key), f"column 'info': '{key}'") for key in ("subreddit", "title", "post"))
+    texts = [
+        checked_text(summary.get("text"), f"column 'summaries' {n}: 'text'").strip() for n, summary in enumerate(summaries)
+    ]
+    prompt = _user(f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:")
+    return _text_pair(row, config, prompt, texts[choice], texts[1 - choice])
+
+
+def adapt_rated(row: Columns, config: PreferenceDatasetConfig) -> PairRow | str:
     """`{prompt | question | instruction, completions | responses | answers: [{text, score}]}`: UltraFeedback, Nectar.
 
     The text may be called text, response, content or answer; the score: score, rating, overall_score or fine-grained_score,
     higher being better, or rank, lower being better. Or the answers are texts, and their scores stand in a column of their
     own, `scores`, `ratings`, `ranks` or `rank`. The pair is the best and the worst answer (the first of equals); answers whose
-    score is null take no part. `min_score_ratio` applies to scores; ranks have no ratio.
+    score is null take no part. Ranks have no ratio: `min_score_ratio` is refused.
     """
-    prompt_column = config.prompt_field or first_present(row, PROMPT_COLUMNS) or PROMPT_COLUMNS[0]
+    prompt_column = config.prompt_field or row.first(PROMPT_COLUMNS) or PROMPT_COLUMNS[0]
     prompt, is_dialogue = _prompt(row, prompt_column, config)
-    column = first_present(row, ANSWER_COLUMNS)
+    column = row.first(ANSWER_COLUMNS)
     if column is None or not isinstance(row[column], list):
-        raise RowError(f"no list of answers in any of the columns {', '.join(ANSWER_COLUMNS)} (columns: {column_names(row)})")
-    rated, are_ranks = _rated_answers(row, column)
+        raise RowError(f"no list of answers in any of the columns {', '.join(ANSWER_COLUMNS)} (columns: {row.names()})")
+    rated, are_ranks = rated_answers(row, column)
     if len(rated) < 2:
         return "one_answer"
     best, worst = max(rated, key=lambda pair: pair[0]), min(rated, key=lambda pair: pair[0])
     if best[0] == worst[0]:
         return "tie"
-    if not are_ranks and _ratio(best[0], worst[0]) < config.min_score_ratio:
-        return "score_ratio"
-    return _text_pair(prompt, *(text.strip() if is_dialogue else text for _, text in (best, worst)))
-
-
-def _rated_answers(row: Row, column: str) -> tuple[list[tuple[float, str]], bool]:
-    """The answers that have a score, each as (score, text), and whether scores are ranks, which come out negative."""
-    answers, place = row[column], f"column '{column}'"
-    if all(isinstance(answer, Mapping) for answer in answers):
-        keys = (*SCORE_KEYS, "rank")
-        name = next((key for key in keys if any(answer.get(key) is not None for answer in answers)), None)
-        if answers and name is None:
-            raise RowError(f"{place}: no answer has a score out of {', '.join(keys)}")
-        scores = [answer.get(name) for answer in answers]
-        answers = [answer.get(first_present(answer, ANSWER_KEYS)) for answer in answers]
-    else:
-        name = first_present(row, (*SCORE_COLUMNS, *RANK_COLUMNS))
-        scores = row[name] if name is not None else None
-        if not isinstance(scores, list) or len(scores) != len(answers):
-            wanted = ", ".join((*SCORE_COLUMNS, *RANK_COLUMNS))
-            raise RowError(f"{place} needs a list of as many scores, in one of the columns {wanted}")
-    are_ranks = name in RANK_COLUMNS
-    texts = [checked_text(text, f"{place} answer {n}") for n, text in enumerate(answers)]
-    numbers = [_number(score, f"{place} answer {n}: its '{name}'") for n, score in enumerate(scores)]
-    known = [(number, text) for number, text in zip(numbers, texts, strict=True) if number is not None]
-    return [(-number if are_ranks else number, text) for number, text in known], are_ranks
+    answers = (text.strip() if is_dialogue else text for _, text in (best, worst))
+    return _text_pair(row, config, prompt, *answers, scores=None if are_ranks else (best[0], worst[0]))
 
 
 # Parts
 
 
-def _pair(chosen: list[Message], rejected: list[Message]) -> PairRow | str:
-    """A pair from two chats, each ending with its answer."""
+def _pair(
+    row: Columns, config: PreferenceDatasetConfig, chosen: list[Message], rejected: list[Message], scores: Scores | None = None
+) -> PairRow | str:
+    """A pair from two chats, each ending with its answer. `scores` are those of the row's columns, if none are given."""
     prompt, answers = chosen[:-1], (chosen[-1], rejected[-1])
     differ = prompt_text(prompt) != prompt_text(rejected[:-1])
     # prompts that differ often do so in their last turns: which fault counts is then for the checks to say
     asks = bool(prompt) and (differ or prompt[-1]["role"] in ("user", "tool"))
     if not asks or any(answer["role"] != "assistant" for answer in answers):
         return "turns_out_of_order"
-    if any("tool_calls" in answer for answer in answers):
-        return "answer_calls_tools"
-    return PairRow(Pair(prompt, chosen[-1]["content"], rejected[-1]["content"]), differ)
+    if any(answer.get("train") is False for answer in answers):
+        return "no_turn_counts"
+    scores = scores or side_scores(row, config, (config.chosen_field, config.rejected_field))
+    if scores is not None and config.min_score_ratio > 0 and score_ratio(*scores) < config.min_score_ratio:
+        return "score_ratio"
+    disagree = scores is not None and None not in scores and scores[0] < scores[1]  # type: ignore[operator]
+    doubts = {"prompts_differ": differ, "scores_disagree": disagree}
+    return PairRow(Pair(prompt, *answers, read_tools(row)), tuple(name for name, holds in doubts.items() if holds))
 
 
-def _text_pair(prompt: list[Message], chosen: str, rejected: str) -> PairRow | str:
-    return _pair(*([*prompt, {"role": "assistant", "content": answer}] for answer in (chosen, rejected)))
+def _text_pair(
+    row: Columns, config: PreferenceDatasetConfig, prompt: list[Message], chosen: str, rejected: str, **scores: Any
+) -> PairRow | str:
+    better, worse = ([*prompt, {"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+    return _pair(row, config, better, worse, **scores)
 
 
 def _user(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def _prompt(row: Row, column: str, config: PreferenceDatasetConfig) -> tuple[list[Message], bool]:
+def _prompt(row: Columns, column: str, config: PreferenceDatasetConfig) -> tuple[list[Message], bool]:
     """The prompt column below the system column, and whether it was an HH-RLHF dialogue that waits for an answer."""
     if isinstance(row.get(column), list):
         return with_system(row, messages_column(row, column)), False
     material = MATERIAL_COLUMNS.get(column, ()) if config.prompt_field is None else ("input",) * (column == "instruction")
-    text = asked_text(row, column, material, "set prompt_field to the column of the prompt")
+    text = row.asked_text(column, material, "set prompt_field to the column of the prompt")
     turns = dialogue(text)
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         return [*system_turn(row), *merged(turns[:-1])], True
-    return [*system_turn(row), *_user(text)], False
+    return with_system(row, [*history(row), *_user(text)]), False
 
 
 def _sides(config: PreferenceDatasetConfig) -> list[tuple[str, str]]:
@@ -255,46 +257,30 @@ def _sides(config: PreferenceDatasetConfig) -> list[tuple[str, str]]:
     return [(name, f"set {field} to the column of the {answers[field]} answer") for field, name in named.items()]
 
 
-def _side(row: Row, name: str, remedy: str, strip: bool = False) -> list[Message]:
+def _side(row: Columns, name: str, remedy: str, strip: bool = False) -> list[Message]:
     """The turns of one side, its answer last."""
-    value, place = value_of(row, name, remedy), f"column '{name}'"
+    value, place = row.required(name, remedy), f"column '{name}'"
     if isinstance(value, Mapping):
-        return [read_message(value, place)]
+        return [read_message(value, place, row)]
     if isinstance(value, list):
         if not value:
             raise RowError(f"{place} is an empty list: it must be text or a list of messages")
-        return read_messages(value, place)
+        return read_messages(value, place, row)
     text = checked_text(value, place)
     return [{"role": "assistant", "content": text.strip() if strip else text}]
 
 
-def _whole(prompt: list[Message], side: list[Message], row: Row) -> list[Message]:
-    """Prompt and answer of a side that may carry the prompt, or its end, already."""
+def _whole(prompt: list[Message], side: list[Message], row: Columns) -> list[Message]:
+    """Prompt and answer of a side that may carry the prompt, or its end, already. What the side says goes before the column."""
     before = side[:-1]
     if not before or before[0]["role"] not in ("system", "user"):
         return [*prompt, *side]
     if prompt_text(prompt[-len(before) :]) == prompt_text(before):
         return [*prompt, side[-1]]  # the column may have a system turn too
+    asked = [message["content"].strip() for message in before]
+    if any(m["content"].strip() not in asked for m in prompt if m["role"] == "user"):
+        row.found.add("found_prompt_column_unlike_the_sides")
     return with_system(row, side)
-
-
-def _number(value: Any, place: str) -> float | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise RowError(f"{place} must be a finite number, not {value!r:.20}")
-    return value
-
-
-def _ratio(better: float | None, other: float | None) -> float:
-    """How many times the other score the better one is. Scores of zero or less have no ratio: above them everything
-    positive is infinitely better, and the rest, as where a score is missing, is not better at all.
-    """
-    if better is None or other is None:
-        return 1.0
-    if other > 0:
-        return better / other
-    return math.inf if better > 0 else 1.0
 
 
 # Recognition
@@ -304,37 +290,37 @@ def _names_its_sides(config: PreferenceDatasetConfig) -> bool:
     return (config.chosen_field, config.rejected_field) != ("chosen", "rejected")
 
 
-def _has_sides(row: Row, config: PreferenceDatasetConfig, *kinds: type) -> bool:
+def _has_sides(row: Columns, config: PreferenceDatasetConfig, *kinds: type) -> bool:
     return all(isinstance(row.get(side), kinds) for side in (config.chosen_field, config.rejected_field))
 
 
-def _conversation_column(row: Row, config: PreferenceDatasetConfig) -> str | None:
-    return config.prompt_field or first_present(row, (*CONVERSATION_COLUMNS, "messages"))
+def _conversation_column(row: Columns, config: PreferenceDatasetConfig) -> str | None:
+    return config.prompt_field or row.first((*CONVERSATION_COLUMNS, "messages"))
 
 
-def _is_sharegpt_pair(row: Row, config: PreferenceDatasetConfig) -> bool:
+def _is_sharegpt_pair(row: Columns, config: PreferenceDatasetConfig) -> bool:
     """`messages` next to lists is a copy of the chosen side (UltraFeedback binarized), no prompt."""
     column = _conversation_column(row, config)
     kinds = (Mapping, str) if column in CONVERSATION_COLUMNS else (Mapping,)
     return column is not None and isinstance(row.get(column), list) and _has_sides(row, config, *kinds)
 
 
-def _is_prompt_pair(row: Row, config: PreferenceDatasetConfig) -> bool:
+def _is_prompt_pair(row: Columns, config: PreferenceDatasetConfig) -> bool:
     if config.chosen_field not in row or config.rejected_field not in row:
         return False
-    return config.prompt_field in row or first_present(row, PROMPT_COLUMNS) is not None or not _has_sides(row, config, str)
+    return config.prompt_field in row or row.first(PROMPT_COLUMNS) is not None or not _has_sides(row, config, str)
 
 
-def _is_hh(row: Row, config: PreferenceDatasetConfig) -> bool:
-    return config.prompt_field is None and first_present(row, PROMPT_COLUMNS) is None and _has_sides(row, config, str)
+def _is_hh(row: Columns, config: PreferenceDatasetConfig) -> bool:
+    return config.prompt_field is None and row.first(PROMPT_COLUMNS) is None and _has_sides(row, config, str)
 
 
-def _is_rated(row: Row, config: PreferenceDatasetConfig) -> bool:
-    prompt, answers = config.prompt_field or first_present(row, PROMPT_COLUMNS), first_present(row, ANSWER_COLUMNS)
+def _is_rated(row: Columns, config: PreferenceDatasetConfig) -> bool:
+    prompt, answers = config.prompt_field or row.first(PROMPT_COLUMNS), row.first(ANSWER_COLUMNS)
     return prompt in row and answers is not None and isinstance(row[answers], list) and not _names_its_sides(config)
 
 
-def _has_all(*names: str) -> Callable[[Row, PreferenceDatasetConfig], bool]:
+def _has_all(*names: str) -> Callable[[Columns, PreferenceDatasetConfig], bool]:
     """Recognises rows by columns of fixed names, unless `config` names others."""
     return lambda row, config: (
         config.prompt_field is None and not _names_its_sides(config) and all(name in row for name in names)
@@ -351,5 +337,6 @@ PREFERENCE_ADAPTERS: dict[PreferenceAdapterName, PreferenceAdapter] = {
     "stack_exchange": PreferenceAdapter(
         "question + response_j + response_k", _has_all("question", "response_j", "response_k"), adapt_stack_exchange
     ),
+    "tldr": PreferenceAdapter("info + summaries + choice", _has_all("info", "summaries", "choice"), adapt_tldr),
     "rated": PreferenceAdapter("prompt + completions, responses or answers with scores", _is_rated, adapt_rated),
 }

@@ -9,8 +9,9 @@ import numpy as np
 from modern_llm.config.data import PreferenceDatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.chat import ChatEncoder, Planned
-from modern_llm.data.lint import Lint
-from modern_llm.data.messages import Chat, Pair, RowError, prompt_text
+from modern_llm.data.columns import RowError
+from modern_llm.data.lint import Lint, check_words
+from modern_llm.data.messages import Chat, Message, Pair, prompt_text
 from modern_llm.data.preference_adapters import PairRow, read_pair
 from modern_llm.data.prepared import (
     Example,
@@ -35,16 +36,9 @@ PAIRS_AT_ONCE = 1000
 """Pairs tokenized in one parallel call."""
 
 _DECIDING = {
-    "adapter",
-    "prompt_field",
-    "chosen_field",
-    "rejected_field",
-    "min_score_ratio",
-    "train_on_reasoning",
-    "truncation",
-    "lint",
-}
-"""Fields of the config that decide the tokens."""
+    "prompt_field", "chosen_field", "rejected_field", "min_score_ratio", "train_on_reasoning", "truncation", "lint",
+}  # fmt: skip
+"""Fields of the config that decide the tokens, besides those of each source."""
 
 Sides = tuple[list[int], list[int], list[int]]
 """Ids of the prompt, the chosen and the rejected answer, each answer with its end token."""
@@ -86,12 +80,12 @@ def sharing_prompt(chosen: Segment, rejected: Segment) -> tuple[Segment, Segment
 
 
 def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> list[Pair]:
-    """The pairs of the evaluation part that pass the checks, as text."""
+    """The pairs of the evaluation part that pass the checks, as messages."""
     found = []
     for name, source in config.sources().items():
         bad = BadRows(skip=config.on_bad_row == "skip")
         opened = open_source(name, source, "preferences", config.eval_split)
-        for found_pair in pairs_of(opened, config, encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
+        for found_pair in pairs_of(opened, config.for_source(source), encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
             if config.eval_split is not None or is_held_out(pair_key(found_pair.pair), config):
                 found.append(found_pair.pair)
     return found
@@ -116,7 +110,16 @@ class FoundPair:
 def pairs_of(
     source: Source, config: PreferenceDatasetConfig, encoder: ChatEncoder, lint: Lint, bad: BadRows, report: Report
 ) -> Iterator[FoundPair]:
-    """Every row that is a pair which passes the checks and the template can show; the others are counted by reason."""
+    """Every row that is a pair which passes the checks and the template can show; the others are counted by reason.
+
+    Args:
+        source: of rows.
+        config: for this source (`for_source`).
+        encoder: knows the template.
+        lint: the checks.
+        bad: hears of rows that cannot be read.
+        report: gets the counts.
+    """
     for number, row in read_rows(source, bad, report, "pairs"):
         try:
             found = read_pair(row.values, config)
@@ -126,17 +129,21 @@ def pairs_of(
             continue
         if not isinstance(found, PairRow) or plans is None:
             count(report, f"dropped_because_{found}")
-        elif lint.keeps(found.pair, found.prompts_differ, row.place):
+        elif lint.keeps(found.pair, found.doubts, row.place):
+            pair = found.pair
+            for name in found.found:
+                count(report, name)
             if any(map(encoder.merges_over_border, plans)):
                 count(report, "found_answer_that_merges_with_its_prompt")
-            yield FoundPair(number, row, found.pair, plans)
+            check_words([*pair.prompt, pair.chosen, pair.rejected], encoder, row.place, report)
+            yield FoundPair(number, row, pair, plans)
 
 
 def _build(
     config: PreferenceDatasetConfig,
     dpo: DPOConfig,
     encoder: ChatEncoder,
-    _: SourceConfig,
+    source_config: SourceConfig,
     source: Source,
     writer: StoreWriter,
     bad: BadRows,
@@ -169,15 +176,15 @@ def _build(
             writer.add(segments, found.number, pair_key(found.pair), flags)
         waiting.clear()
 
-    for found in pairs_of(source, config, encoder, lint, bad, report):
+    for found in pairs_of(source, config.for_source(source_config), encoder, lint, bad, report):
         waiting.append(found)
         if len(waiting) == PAIRS_AT_ONCE:
             flush()
     flush()
 
 
-def _as_chat(pair: Pair, answer: str) -> Chat:
-    return Chat([*pair.prompt, {"role": "assistant", "content": answer}])
+def _as_chat(pair: Pair, answer: Message) -> Chat:
+    return Chat([*pair.prompt, answer], pair.tools)
 
 
 def _plans(pair: Pair, encoder: ChatEncoder) -> tuple[Planned, Planned]:

@@ -290,7 +290,7 @@ def prepare_sources(
                 **key,
                 "kind": kind,
                 "source": opened.fingerprint(),
-                "text_field": source.text_field,
+                **source.model_dump(include={"text_field", "adapter", "columns", "roles"}),
                 "code": preparation_version(),
                 "on_bad_row": config.on_bad_row,
             }
@@ -335,9 +335,9 @@ def count(report: Report, name: str) -> None:
 
 
 def add_counts(report: Report, counts: Report) -> None:
-    """Add counts of a part to those of the whole."""
+    """Add counts of a part to those of the whole. Of places of rows, which are text, the first stays."""
     for name, value in counts.items():
-        report[name] = report.get(name, 0) + value
+        report[name] = report.get(name, value) if isinstance(value, str) else report.get(name, 0) + value
 
 
 def read_rows(source: Source, bad: BadRows, report: Report, name: str = "rows") -> Iterator[tuple[int, Row]]:

@@ -17,7 +17,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
-from modern_llm.data.messages import Message, RowError
+from modern_llm.data.columns import RowError
+from modern_llm.data.messages import Message
 
 MARK = re.compile("\ue000aB(\\d+)\ue001")
 """A numbered mark: private-use characters, which no template writes, and letters whose case shows whether it was changed."""

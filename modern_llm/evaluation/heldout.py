@@ -9,7 +9,7 @@ import torch
 from modern_llm.config import DPOConfig
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.loader import micro_batches
-from modern_llm.data.messages import Pair
+from modern_llm.data.messages import Pair, answer_text
 from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example
 from modern_llm.losses.summed_nll import SumOfTokens
@@ -52,7 +52,10 @@ def preference_wins(
 
 def length_baselines(pairs: Sequence[Pair], encoder: ChatEncoder) -> dict[str, float]:
     """Accuracy of 'the longer answer wins' and of 'the shorter answer wins', by tokens; ties count ½."""
-    differences = [len(encoder.encoder.text(pair.chosen)) - len(encoder.encoder.text(pair.rejected)) for pair in pairs]
+    differences = [
+        len(encoder.encoder.text(answer_text(pair.chosen))) - len(encoder.encoder.text(answer_text(pair.rejected)))
+        for pair in pairs
+    ]
     longer = sum(win(difference) for difference in differences) / len(differences)
     return {"longer_wins": longer, "shorter_wins": 1 - longer}
 

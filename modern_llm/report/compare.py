@@ -15,7 +15,7 @@ from modern_llm.checkpoint import write_text
 from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig, UserError
 from modern_llm.config.base import explain
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.messages import Pair
+from modern_llm.data.messages import Pair, answer_text
 from modern_llm.data.preference_datasets import held_out_pairs
 from modern_llm.evaluation.heldout import length_baselines, log_ratios, wilson_interval, win
 from modern_llm.initial.checkpoint import load_model
@@ -116,7 +116,9 @@ def compare_losses(
             ratios[word].append(log_ratios(policy, reference, pairs, config, encoder, batch_size=16))
             curves[word].append(curve(folder / name / "metrics.jsonl", "eval/rewards/accuracies"))
             drift[word] += [kl for _, kl in curve(folder / name / "metrics.jsonl", "eval/kl")]
-    longer_by = np.array([_tokens(encoder, pair.chosen) - _tokens(encoder, pair.rejected) for pair in pairs])
+    longer_by = np.array(
+        [_tokens(encoder, answer_text(pair.chosen)) - _tokens(encoder, answer_text(pair.rejected)) for pair in pairs]
+    )
     results = [
         summarize(word, np.concatenate(found), np.tile(longer_by, len(seeds)), drift[word]) for word, found in ratios.items()
     ]

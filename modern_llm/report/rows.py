@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modern_llm.config import InstructionDatasetConfig, PipelineConfig, PreferenceDatasetConfig, UserError
-from modern_llm.config.data import DatasetConfig
+from modern_llm.config.data import DatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
@@ -30,7 +30,7 @@ from modern_llm.data.preference_datasets import (
 )
 from modern_llm.data.prepared import Mixture, PreparedData, segment_arrays
 from modern_llm.data.readers import BadRows
-from modern_llm.data.sources import Source, is_held_out, open_source
+from modern_llm.data.sources import Kind, Source, is_held_out, open_source
 from modern_llm.data.store import CUT_START
 from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_tokenizer, train_tokenizer
 from modern_llm.initial.checkpoint import read_initial
@@ -125,15 +125,15 @@ def _blocks(prepared: PreparedData) -> Iterator[Shown]:
         yield Shown(f"block {i}: {len(segments)} documents", ids, kinds)
 
 
-def _sources(config: InstructionDatasetConfig | PreferenceDatasetConfig, kind: str) -> Iterator[Source]:
+def _sources(config: DatasetConfig, kind: Kind) -> Iterator[tuple[Source, SourceConfig]]:
     for name, source in config.sources().items():
-        yield open_source(name, source, kind)  # type: ignore[arg-type]
+        yield open_source(name, source, kind), source
 
 
 def _chats(config: InstructionDatasetConfig, encoder: ChatEncoder) -> Iterator[Shown]:
     bad = BadRows(skip=config.on_bad_row == "skip")
-    for source in _sources(config, "instructions"):
-        for found in chats_of(source, config, encoder, bad, {"rows_read": 0}):
+    for source, settings in _sources(config, "instructions"):
+        for found in chats_of(source, config.for_source(settings), encoder, bad, {"rows_read": 0}):
             place = found.row.place + _held_out(config, chat_key(found.chat))
             for parts in encoder.encode(found.plans):
                 ids, scored = segment_arrays([(part.ids, part.scored) for part in parts])
@@ -148,9 +148,9 @@ def _chats(config: InstructionDatasetConfig, encoder: ChatEncoder) -> Iterator[S
 
 def _pairs(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder) -> Iterator[Shown]:
     bad = BadRows(skip=config.on_bad_row == "skip")
-    for source in _sources(config, "preferences"):
+    for source, settings in _sources(config, "preferences"):
         lint = Lint(config.lint, {})
-        for found in pairs_of(source, config, encoder, lint, bad, {"rows_read": 0}):
+        for found in pairs_of(source, config.for_source(settings), encoder, lint, bad, {"rows_read": 0}):
             whole = encode_whole(found.pair, encoder)
             kept = within_limits(whole, dpo, config.truncation)
             if is_over(whole, dpo) and not lint.verdict("over_limit", found.row.place):
@@ -188,8 +188,11 @@ def coloured(shown: Shown, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def _report_table(stage: str, report: dict) -> Table:
-    table = Table(title=stage, title_justify="left", show_header=False)
+    table = Table("", Column(overflow="fold"), title=stage, title_justify="left", show_header=False)
     for name, value in report.items():
         if value:
-            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.1%}")
+            table.add_row(
+                name.replace("_", " "),
+                escape(value) if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.1%}",
+            )
     return table

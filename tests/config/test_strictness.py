@@ -196,6 +196,36 @@ def test_a_mistake_in_a_mixture_is_one_line_that_names_the_source(names, expecte
     assert explain(refused.value) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "source", "expected"),
+    [
+        (LanguageModelingDatasetConfig, {"adapter": "alpaca"}, "dataset_name='a.jsonl': adapter is for chats and pairs"),
+        (LanguageModelingDatasetConfig, {"columns": {"text": "t"}}, "dataset_name='a.jsonl': columns is for chats and pairs"),
+        (InstructionDatasetConfig, {"text_field": "t"}, "dataset_name='a.jsonl': text_field is for documents"),
+        (
+            InstructionDatasetConfig,
+            {"adapter": "hh"},
+            "dataset_name='a.jsonl': adapter='hh' is no layout of this stage (messages",
+        ),
+        (PreferenceDatasetConfig, {"adapter": "alpaca"}, "adapter='alpaca' is no layout of this stage (prompt_pair, hh"),
+        (
+            PreferenceDatasetConfig,
+            {"roles": {"bot": "robot"}},
+            "roles.bot: Input should be 'system', 'user', 'assistant' or 'tool'",
+        ),
+    ],
+)
+def test_what_a_source_cannot_have_is_refused(kind, source, expected) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind(dataset_name={"a.jsonl": source, "b.jsonl": 1})
+    assert expected in explain(refused.value)
+
+
+def test_a_layout_of_one_source_and_named_columns_exclude_each_other() -> None:
+    with pytest.raises(ValidationError, match="reads columns of its own: leave prompt_field and response_field out"):
+        InstructionDatasetConfig(dataset_name={"a.jsonl": {"adapter": "alpaca"}}, prompt_field="q", response_field="a")
+
+
 def test_a_wrong_kind_is_told_beside_a_problem_of_a_name_that_begins_the_same() -> None:
     with pytest.raises(ValidationError) as refused:
         LanguageModelingDatasetConfig.model_validate({"dataset_name": {"a": [1], "a.jsonl": -1}})

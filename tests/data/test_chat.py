@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import DPOConfig, InstructionDatasetConfig, PreferenceDatasetConfig, UserError
 from modern_llm.data.chat import ChatEncoder, ChatPart
+from modern_llm.data.columns import RowError
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.known_templates import CHATML, with_chat_template
-from modern_llm.data.messages import Chat, Message, RowError
+from modern_llm.data.messages import Chat, Message
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.tokenizer import load_tokenizer, train_tokenizer
 

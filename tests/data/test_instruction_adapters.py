@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from modern_llm.config import InstructionDatasetConfig
+from modern_llm.data.columns import RowError
 from modern_llm.data.instruction_adapters import INSTRUCTION_ADAPTERS, needs_regrouping, read_chat, threads
-from modern_llm.data.messages import Chat, RowError, prompt_text
+from modern_llm.data.messages import Chat, prompt_text
 
 SHARED_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -222,7 +223,11 @@ def test_a_call_in_messages_has_its_arguments_as_a_mapping() -> None:
     answer = says("tool", "Anna", name="find_baker", tool_call_id="call_1")
     chat = read({"messages": [ASKED_MESSAGES[0], says("assistant", None, tool_calls=[call]), answer, ASKED_MESSAGES[1]]})
     assert isinstance(chat, Chat)
-    assert chat.messages[1:3] == [says("assistant", "", tool_calls=[CALL]), says("tool", "Anna", name="find_baker")]
+    assert chat.messages[1:3] == [
+        says("assistant", "", tool_calls=[CALL | {"id": "call_1"}]),
+        says("tool", "Anna", name="find_baker", tool_call_id="call_1"),
+    ]
+    assert prompt_text(chat.messages[1:2]) == prompt_text([says("assistant", "", tool_calls=[CALL])])  # an id asks nothing
 
 
 def test_a_chat_may_end_with_a_call() -> None:
@@ -366,9 +371,181 @@ def test_a_row_that_is_no_message_comes_through_and_is_refused() -> None:
     assert "needs a text 'message_id'" in refusal(bad)
 
 
+# Keys and columns that change the meaning
+
+
+@pytest.mark.parametrize("history", [[["Who sings?", "Ben."]], [says("user", "Who sings?"), says("assistant", "Ben.")]])
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"prompt": "Who bakes?", "response": "Anna."}, {}),
+        ({"instruction": "Who bakes?", "output": "Anna."}, {}),
+        ({"instruction": "Who bakes?", "context": "", "response": "Anna."}, {}),
+        ({"question": "Who bakes?", "answer": "Anna."}, {}),
+        ({"query": "Who bakes?", "reply": "Anna."}, {"prompt_field": "query", "response_field": "reply"}),
+    ],
+)
+def test_history_goes_before_every_question(row, fields, history) -> None:
+    before = [("user", "Who sings?"), ("assistant", "Ben.")]
+    assert turns({**row, "history": history, "system": "Be brief."}, **fields) == [("system", "Be brief."), *before, *ASKED]
+    assert turns({**row, "history": None}, **fields) == ASKED
+    assert read({**row, "tools": [TOOL]}, **fields) == Chat(ASKED_MESSAGES, [WRAPPED_TOOL])
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [{key: value} for key in ("train", "trainable", "training", "loss", "loss_mask") for value in (False, 0)]
+    + [{"weight": 0}, {"weight": 0.0}, {"loss_weight": 0}, {"masked": True}, {"train": True, "weight": 0}],
+)
+def test_an_answer_that_is_marked_does_not_count(flag) -> None:
+    wrong = says("assistant", "Nobody.", **flag)
+    chat = read({"messages": [says("user", "Who?"), wrong, *ASKED_MESSAGES]})
+    assert chat == Chat([says("user", "Who?"), says("assistant", "Nobody.", train=False), *ASKED_MESSAGES])
+    assert read({"messages": [*ASKED_MESSAGES, says("user", "Sure?"), wrong]}) == Chat(
+        ASKED_MESSAGES
+    )  # nothing is lost by that
+    assert read({"messages": [says("user", "Who?"), wrong]}) == "no_turn_counts"
+
+
+@pytest.mark.parametrize("flag", [{"train": True}, {"weight": 1.0}, {"loss": None}, {"masked": 0}, {"loss_mask": 1}])
+def test_an_answer_that_is_marked_as_counting_counts(flag) -> None:
+    assert read({"messages": [ASKED_MESSAGES[0], says("assistant", "Anna.", **flag)]}) == Chat(ASKED_MESSAGES)
+
+
+def test_turns_of_which_one_does_not_count_are_not_joined() -> None:
+    speakers = [speaks("human", "Who?"), speaks("gpt", "Nobody.", weight=0), speaks("gpt", "Anna."), speaks("gpt", "She does.")]
+    chat = read({"conversations": speakers})
+    assert isinstance(chat, Chat)
+    assert chat.messages[1:] == [says("assistant", "Nobody.", train=False), says("assistant", "Anna.\n\nShe does.")]
+
+
+def test_only_the_last_answer_counts_where_that_is_asked_for() -> None:
+    row = {"messages": [*ASKED_MESSAGES, *ASKED_MESSAGES, says("user", "Why?"), says("assistant", "Hm.", train=False)]}
+    expected = Chat([ASKED_MESSAGES[0], says("assistant", "Anna.", train=False), *ASKED_MESSAGES])
+    assert read(row, train_on="last") == expected
+    assert read(row, train_on="all") == Chat([*ASKED_MESSAGES, *ASKED_MESSAGES])
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_go_with_the_answer(key) -> None:
+    row = {"messages": [ASKED_MESSAGES[0], says("assistant", "Anna.", **{key: "Only she can."})]}
+    assert read(row) == Chat([ASKED_MESSAGES[0], says("assistant", "Anna.", reasoning_content="Only she can.")])
+    assert read({"messages": [ASKED_MESSAGES[0], says("assistant", "Anna.", **{key: ""})]}) == Chat(ASKED_MESSAGES)
+
+
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    said = [says("assistant", None, refusal="No."), says("assistant", [{"type": "refusal", "refusal": "No."}])]
+    for answer in said:
+        assert turns({"messages": [says("user", "Who?"), answer]}) == [("user", "Who?"), ("assistant", "No.")]
+
+
+def test_calls_of_the_old_api_are_calls() -> None:
+    call = says("assistant", None, function_call={"name": "find_baker", "arguments": '{"street": "Mill Lane"}'})
+    chat = read({"messages": [ASKED_MESSAGES[0], call, says("function", "Anna", name="find_baker"), ASKED_MESSAGES[1]]})
+    assert isinstance(chat, Chat)
+    assert chat.messages[1:3] == [says("assistant", "", tool_calls=[CALL]), says("tool", "Anna", name="find_baker")]
+    row = {"messages": ASKED_MESSAGES, "functions": [TOOL]}
+    assert read(row) == Chat(ASKED_MESSAGES, [WRAPPED_TOOL])
+
+
+def found(row: dict[str, Any], **fields: Any) -> tuple[str, ...]:
+    chat = read(row, **fields)
+    assert isinstance(chat, Chat), chat
+    return chat.found
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": ASKED_MESSAGES, "id": 7, "source": "x", "prompt": "Who?", "lang": "en", "score": 3}, ()),
+        ({"messages": ASKED_MESSAGES, "label": False}, ("ignored_label",)),
+        ({"messages": ASKED_MESSAGES, "history": [["a", "b"]]}, ("ignored_history",)),
+        ({"messages": ASKED_MESSAGES, "history": [], "label": None, "context": ""}, ()),
+        ({"question": "Who?", "answer": "Anna.", "input": "Mill Lane"}, ("ignored_input",)),
+        ({"prompt": "Who?", "completion": "Anna.", "context": "Mill Lane", "weight": 0}, ("ignored_context", "ignored_weight")),
+        ({"messages": [says("system", "Brief."), *ASKED_MESSAGES], "system": "Long."}, ("ignored_system",)),
+        ({"messages": [says("user", "Who?", name="Ben", id=3), says("assistant", "Anna.", model="m")]}, ("ignored_name",)),
+        ({"messages": [says("user", "Who?", train=True), ASKED_MESSAGES[1]]}, ("ignored_train",)),
+        ({"messages": [says("user", "Who?", weight=0), says("assistant", "Anna.", style="rude")]}, ("ignored_style",)),
+        ({"messages": [says("assistant", "Hello!"), *ASKED_MESSAGES]}, ("found_answer_before_the_first_question",)),
+        ({"conversations": [speaks("gpt", "Hi"), *ASKED_MESSAGES]}, ("found_answer_before_the_first_question",)),
+        ({"messages": [*ASKED_MESSAGES, says("user", "Why?")]}, ("found_question_at_the_end",)),
+        ({"messages": [says("user", "Who?"), says("assistant", " "), *ASKED_MESSAGES]}, ("found_empty_answer",)),
+    ],
+)
+def test_what_is_left_out_is_counted(row, expected) -> None:
+    assert found(row) == expected
+
+
+# Nulls
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": None, "prompt": "Who bakes?", "completion": "Anna."},
+        {"conversations": None, "messages": None, "instruction": None, "question": "Who bakes?", "answer": "Anna."},
+        {"prompt": None, "completion": None, "messages": [m | {"from": None, "value": None} for m in ASKED_MESSAGES]},
+        {"conversations": [{"from": None, "value": None, "weight": None} | m for m in ASKED_MESSAGES], "history": None},
+    ],
+)
+def test_what_is_null_is_absent(row) -> None:
+    assert read(row) == Chat(ASKED_MESSAGES)
+
+
+def test_nulls_that_tables_fill_in_are_left_out_of_calls_and_tools() -> None:
+    arguments = {"street": "Mill Lane", "town": None, "near": {"x": 1, "y": None}}
+    call = {"type": "function", "function": {"name": "find_baker", "arguments": arguments}}
+    row = {"messages": [ASKED_MESSAGES[0], says("assistant", "", tool_calls=[call])], "tools": [WRAPPED_TOOL | {"x": None}]}
+    row["tools"][0]["function"] = TOOL | {"strict": None}
+    chat = read(row)
+    assert isinstance(chat, Chat)
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"street": "Mill Lane", "near": {"x": 1}}
+    assert chat.tools == [WRAPPED_TOOL]
+    assert chat.found == ("found_nulls_in_arguments", "found_nulls_in_tools")
+    call["function"]["arguments"] = json.dumps(arguments)  # nobody but its author wrote the nulls of a text
+    chat = read(row)
+    assert isinstance(chat, Chat)
+    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+# Other names
+
+
+def test_columns_and_roles_of_other_names_are_read() -> None:
+    row = {"dialog": [says("human", "Who bakes?"), says("bot", "Anna.")], "sys": "Be brief.", "messages": "7 of them"}
+    fields = {"columns": {"messages": "dialog", "system": "sys"}, "roles": {"human": "user", "bot": "assistant"}}
+    assert turns(row, **fields) == WITH_SYSTEM
+    assert refusal({"dialogue": []}, **fields) == "no column 'dialog', which 'columns' of the config names (columns: dialogue)"
+
+
+def test_columns_may_trade_names() -> None:
+    row = {"question": "Anna.", "answer": "Who bakes?"}
+    assert turns(row, columns={"question": "answer", "answer": "question"}) == ASKED
+
+
+def test_a_named_column_that_no_layout_reads_is_counted() -> None:
+    assert found({"messages": ASKED_MESSAGES, "sys": "Be brief."}, columns={"sistem": "sys"}) == ("ignored_sistem",)
+
+
+def test_messages_that_are_written_as_text_are_messages() -> None:
+    for write in (json.dumps, repr):
+        row = {"messages": write(ASKED_MESSAGES)}
+        assert turns(row) == ASKED
+        assert found(row) == ("found_messages_as_text",)
+        assert turns({"prompt": write(ASKED_MESSAGES[:1]), "completion": write(ASKED_MESSAGES[1:])}) == ASKED
+    assert turns({"prompt": "Who bakes?", "response": "Anna.", "history": "[]"}) == ASKED
+    assert turns({"prompt": "Who bakes?", "response": "Anna.", "history": '[["Who?", "Ben."]]'})[:2] == [
+        ("user", "Who?"),
+        ("assistant", "Ben."),
+    ]
+
+
 # Errors
 
-UNKNOWN_ROLE = "column 'messages' message 0: 'role' must be one of system, developer, user, assistant, tool, not 'human'"
+UNKNOWN_ROLE = (
+    "column 'messages' message 0: 'role' must be one of system, developer, user, assistant, tool, function, not 'human'"
+)
 
 
 @pytest.mark.parametrize(
@@ -387,8 +564,41 @@ UNKNOWN_ROLE = "column 'messages' message 0: 'role' must be one of system, devel
             "column 'messages' message 0: 'content' part 0 must be of type 'text', not 'image_url'",
         ),
         (
-            {"messages": [says("user", "Who?"), says("assistant", "Anna.", weight=0)]},
-            "column 'messages' message 1: 'weight' is 0: an assistant's turns all count, so it can only be 1",
+            {"messages": [says("user", "Who?"), says("assistant", "Anna.", weight=0.5)]},
+            "column 'messages' message 1: 'weight' is 0.5: an answer counts as a whole (1, true) or not at all (0, false)",
+        ),
+        (
+            {"messages": [says("user", "Who?"), says("assistant", "Anna.", train="no")]},
+            "column 'messages' message 1: 'train' is 'no': an answer counts as a whole (1, true) or not at all (0, false)",
+        ),
+        (
+            {"messages": [says("user", "Who?"), says("assistant", "Anna.", mask=True)]},
+            "column 'messages' message 1: 'mask' has two meanings: rename it to 'train' (true: it counts) or 'masked'",
+        ),
+        (
+            {"messages": [says("user", "Who?"), says("assistant", "Anna.", refusal="No.")]},
+            "column 'messages' message 1: 'content' and 'refusal' say different things: leave one of them out",
+        ),
+        (
+            {"messages": [says("user", "Who?"), says("assistant", "Anna.", thinking="a", reasoning="b")]},
+            "column 'messages' message 1: 'reasoning' and 'thinking' say different things: leave one of them out",
+        ),
+        (
+            {"messages": [says("user", "Who?", images=["a.png"]), says("assistant", "Anna.")]},
+            "column 'messages' message 0: 'images' is no text, and only text can be trained on",
+        ),
+        ({"messages": ASKED_MESSAGES, "images": ["a.png"]}, "column 'images' belongs to the row's words"),
+        (
+            {"prompt": "<image> Who?", "completion": "Anna.", "image": None},
+            "column 'image' belongs to the row's words",
+        ),
+        (
+            {"prompt": "<audio> Who?", "completion": "Anna.", "audios": []},
+            "column 'audios' belongs to the row's words",
+        ),
+        (
+            {"prompt": "Who?", "completion": "Anna.", "history": [{"role": "bot", "content": "x"}]},
+            "column 'history' entry 0: 'role' must be one of",
         ),
         (
             {"messages": [says("user", "Who?", tool_calls=[CALL])]},

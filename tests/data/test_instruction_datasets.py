@@ -112,6 +112,70 @@ def test_rows_without_an_answer_to_learn_from_are_dropped_and_counted_by_reason(
     assert data.report["examples"] == 1
 
 
+def test_text_that_was_rendered_already_is_counted_with_the_place_of_the_first_row(folder, encoder) -> None:
+    rendered = {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yo<|im_end|>"}
+    data = prepared(folder, encoder, [{"prompt": "hi", "completion": "yo"}, rendered, rendered])
+    assert data.report["found_control_tokens_in_text"] == 2
+    assert data.report["first_control_tokens_in_text"].endswith("rows.jsonl, line 2")
+    again = prepared(folder, encoder, [{"prompt": "hi", "completion": "yo"}, rendered, rendered])  # from the cache
+    assert again.report == data.report
+
+
+def test_what_a_row_leaves_out_is_in_the_report(folder, encoder) -> None:
+    greeting = [{"role": "assistant", "content": "Hello!"}, *chat("q", "a", "bye")]
+    rows = [{"messages": greeting, "label": False}, {"messages": chat("q", "", "q", "a"), "label": True}]
+    rows += [{"messages": [*chat("q"), {"role": "assistant", "content": "a", "train": False}]}]
+    report = prepared(folder, encoder, rows).report
+    assert {name: n for name, n in report.items() if name.startswith(("found", "ignored", "dropped"))} == {
+        "ignored_label": 2,
+        "found_answer_before_the_first_question": 1,
+        "found_question_at_the_end": 1,
+        "found_empty_answer": 1,
+        "dropped_because_no_turn_counts": 1,
+    }
+
+
+def test_flat_messages_whose_first_has_no_parent_are_put_together(folder, encoder) -> None:
+    rows = [
+        {"message_id": "q", "parent_id": None, "text": "Who bakes?", "role": "prompter", "rank": None},
+        {"message_id": "a", "parent_id": "q", "text": "Anna.", "role": "bot", "rank": 0},
+    ]
+    (example,) = prepared(folder, encoder, rows, roles={"bot": "assistant"}).train
+    assert read(encoder, example, scored=True) == "Anna.<|im_end|>"
+
+
+def test_each_source_has_a_layout_columns_and_roles_of_its_own(folder, encoder) -> None:
+    plain = write_jsonl(folder / "plain.jsonl", [{"prompt": "Who?", "completion": "Anna.", "instruction": "x", "output": "y"}])
+    dialog = [{"who": "q", "role": "human", "content": "Why?"}, {"role": "bot", "content": "So."}]
+    other = write_jsonl(folder / "other.jsonl", [{"dialog": dialog}])
+    config = InstructionDatasetConfig(
+        dataset_name={
+            str(plain): {"adapter": "prompt_completion"},
+            str(other): {"columns": {"messages": "dialog"}, "roles": {"human": "user", "bot": "assistant"}},
+        }
+    )
+    data = prepare_instructions(config, encoder)
+    assert [read(encoder, example, scored=True) for example in data.train] == ["Anna.<|im_end|>", "So.<|im_end|>"]
+    assert data.report["ignored_who"] == 1
+    other_layout = prepare_instructions(InstructionDatasetConfig(dataset_name=str(plain)), encoder)  # no cache of the other
+    assert [read(encoder, example, scored=True) for example in other_layout.train] == ["y<|im_end|>"]
+
+
+def test_held_out_rows_of_a_source_are_read_by_its_own_columns(folder, encoder) -> None:
+    path = write_jsonl(folder / "own.jsonl", [{"dialog": chat("q", "a"), "messages": "two"}])
+    config = InstructionDatasetConfig(dataset_name={str(path): {"columns": {"messages": "dialog"}}}, eval_fraction=0.999999)
+    assert [row["dialog"] for row in held_out_rows(config, encoder)] == [chat("q", "a")]
+
+
+def test_which_answers_count_is_part_of_the_cache_key(folder, encoder, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(ChatEncoder, "plan", lambda self, chat, plan=ChatEncoder.plan: seen.append(chat) or plan(self, chat))
+    rows = [{"messages": chat("key?", "a", "b?", "c")}]
+    for train_on in ("all", "last", "all"):
+        prepared(folder, encoder, rows, train_on=train_on)
+    assert [[m.get("train") for m in found.messages] for found in seen] == [[None] * 4, [None, False, None, None]]
+
+
 def test_a_dropped_row_is_not_counted_as_cut(folder, encoder) -> None:
     """The report adds up: every row is an example or dropped for one reason, and a cut row is an example."""
     rows = [{"messages": chat("Who bakes all the bread of this village? " * 3, "Anna.")}, {"messages": chat("Who?", "Anna.")}]

@@ -13,6 +13,7 @@ ROWS = {
     "prompts_differ": [{"chosen": HH.format("a", "b"), "rejected": HH.format("other", "c")}],
     "duplicate": [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a ", "chosen": "b", "rejected": "c\n"}],
     "contradiction": [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "c", "rejected": "b"}],
+    "scores_disagree": [{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 2}],
     "over_limit": [{"prompt": "a", "chosen": "bread " * 40, "rejected": "cake " * 40}],
 }
 GOOD = {"prompt": "z", "chosen": "yes", "rejected": "no"}
@@ -78,3 +79,20 @@ def test_a_contradiction_stays_one_however_often_it_is_said(tmp_path, encoder) -
     data = prepare_preferences(config, DPOConfig(), encoder)
     assert [pair.row for pair in data.train] == [0]
     assert data.report["dropped_because_contradiction"] == 2
+
+
+def test_what_a_row_leaves_out_is_in_the_report(tmp_path, encoder) -> None:
+    side = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"prompt": "z", "chosen": "<|im_start|>yes", "rejected": "no", "context": "in the mill"},
+        {"prompt": "other", "chosen": side, "rejected": [side[0], {"role": "assistant", "content": "c", "mood": "sad"}]},
+    ]
+    config = PreferenceDatasetConfig(dataset_name=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    report = prepare_preferences(config, DPOConfig(), encoder).report
+    assert {name: n for name, n in report.items() if name.startswith(("found", "ignored", "dropped"))} == {
+        "found_control_tokens_in_text": 1,
+        "ignored_context": 1,
+        "found_prompt_column_unlike_the_sides": 1,
+        "ignored_mood": 1,
+    }
+    assert report["first_control_tokens_in_text"].endswith("rows.jsonl, line 1")

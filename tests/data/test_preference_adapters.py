@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from modern_llm.config import PreferenceDatasetConfig
-from modern_llm.data.messages import Pair, RowError
+from modern_llm.data.columns import RowError
+from modern_llm.data.messages import Pair
 from modern_llm.data.preference_adapters import PREFERENCE_ADAPTERS, PairRow, read_pair
 
 SHARED_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -23,8 +24,9 @@ def pair(row: dict[str, Any], **fields: Any) -> tuple[list[tuple[str, str]], str
     """Prompt (role and content of each turn), chosen and rejected answer of a row whose sides share their prompt."""
     found = read(row, **fields)
     assert isinstance(found, PairRow), found
-    assert not found.prompts_differ
-    return [(turn["role"], turn["content"]) for turn in found.pair.prompt], found.pair.chosen, found.pair.rejected
+    assert "prompts_differ" not in found.doubts
+    prompt = [(turn["role"], turn["content"]) for turn in found.pair.prompt]
+    return prompt, found.pair.chosen["content"], found.pair.rejected["content"]
 
 
 def user(text: str) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def refusal(row: dict[str, Any], **fields: Any) -> str:
     return str(caught.value)
 
 
+TOOL = {"name": "find_baker", "parameters": {"type": "object", "properties": {}}}
 SIDES = {"chosen": "Anna.", "rejected": "Nobody."}
 PAIR = ([("user", "Who bakes?")], "Anna.", "Nobody.")
 SYSTEM_PAIR = ([("system", "Be brief."), ("user", "Who bakes?")], "Anna.", "Nobody.")
@@ -235,12 +238,13 @@ def test_rated_answers_to_a_prompt_of_another_name_are_read() -> None:
 
 
 def test_a_named_layout_is_the_only_one_tried() -> None:
-    row = {**SHP, "prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    answers = {"question": "Who bakes?", "response_j": "Anna.", "response_k": "Nobody."}
+    row = {**answers, "prompt": "Why?", "chosen": "So.", "rejected": "No."}
     assert pair(row) == ([("user", "Why?")], "So.", "No.")
-    assert pair(row, adapter="shp") == PAIR
+    assert pair(row, adapter="stack_exchange") == PAIR
     assert (
         refusal({"prompt": "Why?", **SIDES}, adapter="stack_exchange")
-        == "no column 'question' (columns: prompt, chosen, rejected)"
+        == "no column 'question' (columns: prompt, chosen, rejected): set prompt_field to the column of the prompt"
     )
 
 
@@ -258,14 +262,14 @@ def test_prompts_that_differ_are_said_and_the_chosen_sides_is_used() -> None:
         {"chosen": hh("Who bakes?", "Anna."), "rejected": hh("Who sings?", "Nobody.")},
         {"chosen": both(user("Who bakes?"))["chosen"], "rejected": both(user("Who sings?"))["rejected"]},
     ):
-        assert read(row) == PairRow(Pair([user("Who bakes?")], "Anna.", "Nobody."), prompts_differ=True)
+        assert read(row) == PairRow(Pair([user("Who bakes?")], assistant("Anna."), assistant("Nobody.")), ("prompts_differ",))
 
 
 def test_prompts_that_differ_in_their_number_of_turns_are_said() -> None:
     row = {"chosen": hh("Who?", "Well") + "\n\nAssistant: Anna.", "rejected": hh("Who?", "Nobody.")}
     found = read(row)
     assert isinstance(found, PairRow)
-    assert found.prompts_differ
+    assert found.doubts == ("prompts_differ",)
 
 
 def test_white_space_around_a_turn_is_no_difference() -> None:
@@ -307,10 +311,12 @@ def test_turns_out_of_order_are_a_reason(row) -> None:
     assert read(row) == "turns_out_of_order"
 
 
-def test_an_answer_that_calls_a_tool_is_a_reason() -> None:
+def test_an_answer_may_call_a_tool() -> None:
     call = speaks("function_call", '{"name": "find_baker", "arguments": {}}')
-    row = {"conversations": [speaks("human", "Who?")], "chosen": call, "rejected": speaks("gpt", "Nobody.")}
-    assert read(row) == "answer_calls_tools"
+    row = {"conversations": [speaks("human", "Who?")], "chosen": call, "rejected": speaks("gpt", "Nobody."), "tools": [TOOL]}
+    calls = [{"type": "function", "function": {"name": "find_baker", "arguments": {}}}]
+    chosen = {"role": "assistant", "content": "", "tool_calls": calls}
+    assert read(row) == PairRow(Pair([user("Who?")], chosen, assistant("Nobody."), [{"type": "function", "function": TOOL}]))
 
 
 def test_an_answer_to_a_tools_result_is_a_pair() -> None:
@@ -368,7 +374,142 @@ def test_scores_of_zero_or_less_have_no_ratio(better, other, is_pair) -> None:
 
 
 def test_ranks_have_no_ratio() -> None:
-    assert pair({"prompt": "Who bakes?", "answers": ["Nobody.", "Anna."], "rank": [2, 1]}, min_score_ratio=9.0) == PAIR
+    row = {"prompt": "Who bakes?", "answers": ["Nobody.", "Anna."], "rank": [2, 1]}
+    assert pair(row) == PAIR
+    assert refusal(row, min_score_ratio=2.0).startswith("min_score_ratio needs a score of each side")
+
+
+@pytest.mark.parametrize(
+    "names", ["score_{}", "{}_score", "{}_rating", "rating_{}", "{}-rating", "{}_avg_rating", "reward_{}", "{}_reward"]
+)
+def test_scores_of_the_sides_have_many_names(names) -> None:
+    row = {"prompt": "Who bakes?", **SIDES, names.format("chosen"): 2, names.format("rejected"): 2.0}
+    assert read(row, min_score_ratio=1.5) == "score_ratio"
+    assert pair(row | {names.format("chosen"): "4"}, min_score_ratio=1.5) == PAIR  # out of a CSV file
+    assert read(row | {names.format("chosen"): None}, min_score_ratio=1.5) == "score_ratio"
+    assert read(row | {names.format("chosen"): 1}).doubts == ("scores_disagree",)  # type: ignore[union-attr]
+    assert read(row).doubts == ()  # type: ignore[union-attr]
+
+
+def test_scores_may_have_the_names_of_named_sides() -> None:
+    row = {"prompt": "Who bakes?", "good": "Anna.", "bad": "Nobody.", "score_good": 3, "score_bad": 4}
+    fields = {"chosen_field": "good", "rejected_field": "bad"}
+    assert read(row, **fields).doubts == ("scores_disagree",)  # type: ignore[union-attr]
+    assert read(row, min_score_ratio=1.5, **fields) == "score_ratio"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Who bakes?", **SIDES},
+        {"chosen": hh("Who bakes?", "Anna."), "rejected": hh("Who bakes?", "Nobody.")},
+        {"question": "Who bakes?", "response_j": "Anna.", "response_k": "Nobody."},
+        {"conversations": [speaks("human", "Who bakes?")], **SIDES},
+    ],
+)
+def test_a_least_score_ratio_needs_scores_in_every_layout(row) -> None:
+    assert pair(row) == PAIR
+    assert "min_score_ratio needs a score of each side" in refusal(row, min_score_ratio=2.0)
+    assert pair(row | {"score_chosen": 4, "score_rejected": 2}, min_score_ratio=2.0) == PAIR
+
+
+def test_shp_whose_scores_disagree_with_its_label_is_doubtful() -> None:
+    assert read(SHP | {"labels": 1}).doubts == ("scores_disagree",)  # type: ignore[union-attr]
+
+
+def test_scores_that_are_no_numbers_are_missing() -> None:
+    row = {"prompt": "Who bakes?", **SIDES, "score_chosen": "high", "score_rejected": "low"}
+    assert pair(row) == PAIR
+    assert read(row, min_score_ratio=2.0) == "score_ratio"
+
+
+# What goes with a prompt
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Who bakes?", **SIDES},
+        {"chosen": hh("Who bakes?", "Anna."), "rejected": hh("Who bakes?", "Nobody.")},
+        {"question": "Who bakes?", "response_j": "Anna.", "response_k": "Nobody."},
+        {"prompt": "Who bakes?", "responses": ["Nobody.", "Anna."], "scores": [2, 5]},
+        SHP,
+    ],
+)
+def test_tools_and_a_system_prompt_go_with_every_layout(row) -> None:
+    found = read(row | {"tools": json.dumps([TOOL]), "system": "Be brief."})
+    assert isinstance(found, PairRow)
+    assert found.pair.tools == [{"type": "function", "function": TOOL}]
+    assert found.pair.prompt == [system("Be brief."), user("Who bakes?")]
+    assert found.found == ()
+
+
+@pytest.mark.parametrize("history", [[["Who sings?", "Ben."]], [user("Who sings?"), assistant("Ben.")]])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Who bakes?", **SIDES}, {"prompt": "Who bakes?", "responses": ["Nobody.", "Anna."], "scores": [2, 5]}]
+)
+def test_history_goes_before_the_question(row, history) -> None:
+    assert pair(row | {"history": history}) == LONG_PAIR
+
+
+def test_an_answer_that_does_not_count_is_a_reason() -> None:
+    row = {"prompt": "Who?", "chosen": {**assistant("Anna."), "train": False}, "rejected": "Nobody."}
+    assert read(row) == "no_turn_counts"
+
+
+def test_a_prompt_column_that_the_sides_contradict_is_counted() -> None:
+    row = {"prompt": "Who sings?", **both(user("Who bakes?"))}
+    assert pair(row) == PAIR
+    assert read(row).found == ("found_prompt_column_unlike_the_sides",)  # type: ignore[union-attr]
+    assert read({"prompt": "Who bakes?", **both(*LONG_PROMPT)}).found == ()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_messages_that_are_written_as_text_are_messages(write) -> None:
+    row = {"prompt": "Who bakes?", **{side: write(turns) for side, turns in both(user("Who bakes?")).items()}}
+    assert pair(row) == PAIR
+    assert read(row).found == ("found_messages_as_text",)  # type: ignore[union-attr]
+    assert pair({"prompt": write([user("Who bakes?")]), **{s: write(assistant(SIDES[s])) for s in SIDES}}) == PAIR
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[1, 2]", ()),
+        ('{"name": "Anna"}', ()),
+        ("[Anna]", ()),
+        ("[[1, 2], [3, 4]]", ()),
+        ('{"from": "Berlin", "value": 3}', ()),
+        ('[{"role": "admin", "content": "x"}]', ()),
+        ('[{"role": "user", "content": "q"} {"role"', ("found_text_like_messages",)),
+    ],
+)
+def test_other_text_stays_text(text, found) -> None:
+    row = {"prompt": "Who?", "chosen": text, "rejected": "No."}
+    assert pair(row)[1] == text
+    assert read(row).found == found  # type: ignore[union-attr]
+
+
+# Summaries
+
+TLDR = {
+    "info": {"id": "t3_x", "subreddit": "baking", "title": "Who?", "post": "Who bakes here?"},
+    "summaries": [{"text": " Nobody.", "policy": "sup1"}, {"text": " Anna.", "policy": "ref"}],
+    "choice": 1,
+    "worker": "w",
+    "split": "train",
+}
+
+
+def test_summaries_of_the_dpo_paper_are_pairs() -> None:
+    prompt = "SUBREDDIT: r/baking\n\nTITLE: Who?\n\nPOST: Who bakes here?\n\nTL;DR:"
+    assert pair(TLDR) == ([("user", prompt)], "Anna.", "Nobody.")
+    assert pair(TLDR | {"choice": 0})[1:] == ("Nobody.", "Anna.")
+    assert read(TLDR | {"info": {"article": "x", "post": None}}) == "no_post"
+    assert refusal({"info": {}}, adapter="tldr") == "no column 'summaries' (columns: info)"
+    assert refusal(TLDR | {"choice": 2}).startswith("column 'choice' must be 0 or 1")
+    assert refusal(TLDR | {"summaries": [{"text": "x"}]}).startswith("column 'info' must be a mapping with 'post'")
+    assert refusal(TLDR | {"info": {"post": "x"}}).startswith("column 'info': 'subreddit' must be text, not NoneType")
 
 
 # Errors
@@ -378,7 +519,10 @@ def test_ranks_have_no_ratio() -> None:
     ("row", "error"),
     [
         ({"prompt": "Who?", "chosen": 3, "rejected": "No."}, "column 'chosen' must be text, not int"),
-        ({"prompt": "Who?", "chosen": "So.", "rejected": None}, "column 'rejected' must be text, not NoneType"),
+        (
+            {"prompt": "Who?", "chosen": "So.", "rejected": None},
+            "column 'rejected' is null: set rejected_field to the column of the worse answer",
+        ),
         ({"prompt": "Who?", "chosen": [], "rejected": "No."}, "column 'chosen' is an empty list: it must be text or a list of"),
         ({"prompt": 3, **SIDES}, "column 'prompt' must be text, not int"),
         ({"prompt": "Who?", "chosen": "Anna\udce9", "rejected": "No."}, "column 'chosen' holds half a character ('\\udce9')"),
@@ -393,7 +537,10 @@ def test_ranks_have_no_ratio() -> None:
         ),
         ({"conversations": [speaks("narrator", "Once.")], **SIDES}, "column 'conversations' message 0: 'from' must be one of"),
         (SHP | {"labels": 2}, "column 'labels' must be 1 (A is better) or 0 (B is better), not 2"),
-        (SHP | {"labels": None}, "column 'labels' must be 1 (A is better) or 0 (B is better), not None"),
+        (
+            SHP | {"labels": None},
+            "columns post_id, domain, history, human_ref_A, human_ref_B, score_A, score_B, score_ratio; null: ",
+        ),
         (
             {"prompt": "Who?", "responses": ["a", "b"]},
             "column 'responses' needs a list of as many scores, in one of the columns",
@@ -434,7 +581,7 @@ def test_a_least_score_ratio_without_scores_is_refused() -> None:
     row = {name: value for name, value in SHP.items() if name not in ("score_A", "score_B")}
     assert pair(row) == PAIR
     assert refusal(row, min_score_ratio=2.0).startswith(
-        "min_score_ratio needs the columns score_A and score_B (columns: post_id,"
+        "min_score_ratio needs a score of each side, such as score_B and score_A (columns: post_id,"
     )
 
 
@@ -488,10 +635,10 @@ def test_real_rows_are_read(name, counts) -> None:
         if isinstance(read_row, str):
             found[read_row] += 1
             continue
-        sides = (read_row.pair.chosen, read_row.pair.rejected)
+        sides = (read_row.pair.chosen["content"], read_row.pair.rejected["content"])
         found["pairs"] += 1
         found["prompt_turns"] += len(read_row.pair.prompt)
-        found["prompts_differ"] += read_row.prompts_differ
+        found["prompts_differ"] += "prompts_differ" in read_row.doubts
         found["identical"] += sides[0] == sides[1]
         found["empty"] += not all(side.strip() for side in sides)
     assert +found == Counter(counts)

@@ -18,6 +18,7 @@ from modern_llm.data.messages import Pair
 from modern_llm.data.preference_adapters import PairRow, read_pair
 from modern_llm.data.preference_datasets import encode_pair, held_out_pairs, prepare_preferences
 from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.data.tokenizer import load_tokenizer
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -148,9 +149,9 @@ def test_cutting_keeps_one_prompt_and_two_answers_within_every_limit(
 
     most_prompt, most_answer = limit(prompt_share), limit(answer_share)
     dpo = DPOConfig(max_length=max_length, max_prompt_length=most_prompt, max_completion_length=most_answer)
-    pair = Pair([{"role": "user", "content": words[0]}], words[1], words[2])
-    prompt, chosen = encoder.prompt_and_answer(pair.prompt, pair.chosen)
-    _, rejected = encoder.prompt_and_answer(pair.prompt, pair.rejected)
+    pair = Pair([user(words[0])], assistant(words[1]), assistant(words[2]))
+    prompt, chosen = encoder.prompt_and_answer(pair.prompt, words[1])
+    _, rejected = encoder.prompt_and_answer(pair.prompt, words[2])
     sides = encode_pair(pair, dpo, encoder)
     kept_prompts = [side.ids[~side.scored].tolist() for side in sides]
     assert kept_prompts[0] == kept_prompts[1]
@@ -275,8 +276,8 @@ def test_real_dialogues_of_hh_rlhf_go_through(shared_data, encoder) -> None:
         (prompt, chosen), (other, rejected) = (row[side].rsplit("\n\nAssistant:", 1) for side in ("chosen", "rejected"))
         found = read_pair(row, config)
         assert isinstance(found, PairRow)
-        assert found.prompts_differ == (prompt.strip() != other.strip())
-        assert (found.pair.chosen, found.pair.rejected) == (chosen.strip(), rejected.strip())
+        assert ("prompts_differ" in found.doubts) == (prompt.strip() != other.strip())
+        assert (found.pair.chosen, found.pair.rejected) == (assistant(chosen.strip()), assistant(rejected.strip()))
         speakers = re.findall(r"\n\n(Human|Assistant):", prompt)
         assert len(found.pair.prompt) == sum(1 for _ in itertools.groupby(speakers))  # turns of one speaker in a row are one
         pairs.append(found.pair)
@@ -284,7 +285,7 @@ def test_real_dialogues_of_hh_rlhf_go_through(shared_data, encoder) -> None:
     data = prepare_preferences(config.model_copy(update={"max_rows": 100}), DPOConfig(max_length=4096), encoder)
     for encoded in data.train:
         pair = pairs[encoded.row]
-        assert read(encoder, encoded)[1:] == (f"{pair.chosen}<|im_end|>", f"{pair.rejected}<|im_end|>")
+        assert read(encoder, encoded)[1:] == tuple(f"{side['content']}<|im_end|>" for side in (pair.chosen, pair.rejected))
     assert "cut_end" not in data.report
 
 
@@ -304,3 +305,29 @@ def test_real_instructions_with_two_answers_go_through(shared_data, encoder) -> 
         assert row["instruction"] in prompt
         assert row["input"] in prompt
         assert (chosen, rejected) == (f"{row['chosen']}<|im_end|>", f"{row['rejected']}<|im_end|>")
+
+
+def test_a_pair_may_prefer_a_call_to_words_and_its_prompt_shows_the_tools(folder, shared_data) -> None:
+    tools = [{"name": "find_baker", "description": "Who bakes.", "parameters": {"type": "object", "properties": {}}}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "find_baker", "arguments": {"street": "Mill Lane"}}]}
+    row = {"prompt": "Who bakes?", "chosen": [call], "rejected": "No idea.", "tools": tools}
+    encoder = ChatEncoder(load_tokenizer(shared_data / "tokenizers/minimind-6400"))
+    data = prepared(folder, encoder, [row])
+    chosen, rejected = (segment for segment in data.train[0].segments)
+    assert "Who bakes." in encoder.tokenizer.decode(chosen.ids[~chosen.scored])
+    assert chosen.ids[~chosen.scored].tolist() == rejected.ids[~rejected.scored].tolist()
+    taught = [encoder.tokenizer.decode(side.ids[side.scored]) for side in (chosen, rejected)]
+    assert '"find_baker"' in taught[0]
+    assert "Mill Lane" in taught[0]
+    assert "No idea." in taught[1]
+
+
+def test_held_out_pairs_of_a_source_are_read_by_its_own_columns_and_roles(folder, encoder) -> None:
+    asked = [{"role": "guest", "content": "Who bakes?"}]
+    rows = [{"asked": asked, "good": "Anna.", "bad": "Nobody.", "chosen": "x"}]
+    columns = {"prompt": "asked", "chosen": "good", "rejected": "bad"}
+    path = write_jsonl(folder / "own.jsonl", rows)
+    config = PreferenceDatasetConfig(
+        dataset_name={str(path): {"columns": columns, "roles": {"guest": "user"}}}, eval_fraction=0.999999
+    )
+    assert held_out_pairs(config, encoder) == [Pair([user("Who bakes?")], assistant("Anna."), assistant("Nobody."))]

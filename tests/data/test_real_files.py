@@ -34,6 +34,7 @@ COUNTS = {
     },
     "instruction/sharegpt-sample/sharegpt_sample.jsonl.gz": {
         "rows_read": 1000, "dropped_because_no_question": 9, "dropped_because_prompt_fills_max_length": 78, "examples": 913,
+        "found_answer_before_the_first_question": 329,
         "cut_end": 651,
     },
     # 1,024 tokens a side; the prompt gives way first

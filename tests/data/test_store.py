@@ -32,7 +32,10 @@ MODULES = {"text": lm_datasets, "instructions": instruction_datasets, "preferenc
 ROWS = {
     "text": [{"text": f"Story {n}"} for n in range(9)],
     "instructions": [{"prompt": f"Question {n}", "completion": f"Answer {n}"} for n in range(9)],
-    "preferences": [{"prompt": f"Question {n}", "chosen": f"Answer {n}", "rejected": "no"} for n in range(9)],
+    "preferences": [
+        {"prompt": f"Question {n}", "chosen": f"Answer {n}", "rejected": "no", "score_chosen": 3, "score_rejected": 1}
+        for n in range(9)
+    ],
 }
 
 
@@ -97,6 +100,9 @@ def test_what_is_there_is_not_built_again_whatever_its_file_is_called(tmp_path, 
         ("preferences", {}, {"lint": {"duplicate": "drop"}}),
         ("preferences", {}, {"chosen_field": "rejected", "rejected_field": "chosen"}),
         ("preferences", {}, {"min_score_ratio": 2.0}),
+        ("preferences", {}, {"columns": {"chosen": "rejected", "rejected": "chosen"}}),
+        ("instructions", {}, {"roles": {"bot": "assistant"}}),
+        ("instructions", {}, {"train_on": "last"}),
         ("preferences", {"max_length": 100}, {}),
         ("preferences", {"max_prompt_length": 20}, {}),
         ("preferences", {"max_completion_length": 20}, {}),

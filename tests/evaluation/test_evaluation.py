@@ -21,6 +21,10 @@ from modern_llm.report.table import markdown
 PROMPTS = [[{"role": "user", "content": text}] for text in ("The cat", "Why does the moon follow the car?", "No.")]
 
 
+def says(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
 def test_perplexity_is_the_exponential_of_the_mean_over_tokens_whatever_the_batch(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(tokenizer)
     examples = random_examples((9, 2, 30))
@@ -75,7 +79,7 @@ def test_kl_divergence_is_zero_to_itself_and_matches_float64_arithmetic(tokenize
 
 
 def test_a_model_ties_with_itself_on_every_pair(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    pairs = [Pair(prompt, "Yes, of course.", "No.") for prompt in PROMPTS]
+    pairs = [Pair(prompt, says("Yes, of course."), says("No.")) for prompt in PROMPTS]
     policy, reference = Policy(tiny_model(tokenizer)), Policy(tiny_model(tokenizer))
     assert preference_wins(policy, reference, pairs, DPOConfig(), ChatEncoder(tokenizer), 2) == [0.5, 0.5, 0.5]
 
@@ -85,7 +89,8 @@ def test_ties_count_half() -> None:
 
 
 def test_length_baselines_count_tokens_and_add_up_to_one(tokenizer: PreTrainedTokenizerFast) -> None:
-    pairs = [Pair(PROMPTS[0], *sides) for sides in (("No. No.", "No."), ("No.", "No. No."), ("No.", "No."), ("No.", "No. No."))]
+    texts = (("No. No.", "No."), ("No.", "No. No."), ("No.", "No."), ("No.", "No. No."))
+    pairs = [Pair(PROMPTS[0], says(chosen), says(rejected)) for chosen, rejected in texts]
     assert length_baselines(pairs, ChatEncoder(tokenizer)) == {"longer_wins": 1.5 / 4, "shorter_wins": 2.5 / 4}
 
 

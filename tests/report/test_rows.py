@@ -80,6 +80,24 @@ def test_the_counts_are_one_json_object(tmp_path, start, capsys) -> None:
     assert counts["dpo"]["shorter_answer_chosen"] == 1
 
 
+def test_rows_are_shown_as_their_source_is_read(tmp_path, start) -> None:
+    sft = write_jsonl(tmp_path / "own.jsonl", [{"ask": "Who?", "say": "Anna."}])
+    dpo = write_jsonl(tmp_path / "own_pairs.jsonl", [{"ask": "Who?", "good": "Ben.", "bad": "x"}])
+    columns = ({"prompt": "ask", "completion": "say"}, {"prompt": "ask", "chosen": "good", "rejected": "bad"})
+    names = [{"dataset_name": {str(path): {"columns": own}}} for path, own in zip((sft, dpo), columns, strict=True)]
+    config = pipeline(tmp_path, start, names[0], {"data": names[1]})
+    assert shown(config, "sft")["trained"] == "Anna.<|im_end|>"
+    assert shown(config, "dpo")["trained"] == "Ben.<|im_end|>x<|im_end|>"
+
+
+def test_the_place_of_a_row_is_in_the_table_of_counts(tmp_path, start, capsys) -> None:
+    path = write_jsonl(tmp_path / "[b].jsonl", [{"prompt": "<|im_end|>", "completion": "a"}])
+    inspect(pipeline(tmp_path, start, {"dataset_name": str(path)}, {}), "sft", 0, as_json=False)
+    printed = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert "foundcontroltokensintext1" in printed
+    assert "[b].jsonl,line1" in printed
+
+
 def test_a_stage_that_the_file_has_not_is_named(tmp_path, start) -> None:
     with pytest.raises(UserError, match="stage='pretrain': the file has sft, dpo"):
         inspect(pipeline(tmp_path, start, {}, {}), "pretrain", 1, as_json=False)

@@ -531,7 +531,8 @@ def test_trap_14_shared_prompts_give_the_logprobs_and_gradients_of_separate_ones
 def test_trap_14_a_prompt_that_a_limit_cuts_is_shared_as_it_was_cut(limit: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     policy, encoder, was_cut = Policy(sharpened(tiny_model(tokenizer))), ChatEncoder(tokenizer), 0
     for question, chosen, rejected in TRIPLES:
-        found = Pair([{"role": "user", "content": question}], chosen, rejected)
+        answers = ({"role": "assistant", "content": text} for text in (chosen, rejected))
+        found = Pair([{"role": "user", "content": question}], *answers)
         whole, cut = encode_pair(found, DPOConfig(max_length=512), encoder), encode_pair(found, DPOConfig(**limit), encoder)
         was_cut += cut[1].shared < whole[1].shared
         assert cut[0].ids[: cut[1].shared].tolist() == cut[1].ids[: cut[1].shared].tolist()

@@ -77,7 +77,8 @@ def peer_ids(tokenizer: PreTrainedTokenizerFast, row: Row) -> Ids:
 
 def our_ids(encoder: ChatEncoder, row: Row) -> Ids:
     prompt = [{"role": "user", "content": row["prompt"].removesuffix(ANSWERS)}]
-    return encode_whole(Pair(prompt, row["chosen"], row["rejected"]), encoder)
+    chosen, rejected = ({"role": "assistant", "content": row[side]} for side in ("chosen", "rejected"))
+    return encode_whole(Pair(prompt, chosen, rejected), encoder)
 
 
 def our_row(row: Row) -> dict[str, Any]:
