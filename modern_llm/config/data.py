@@ -1,6 +1,6 @@
 """What a stage reads. One config class for each kind of data set."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -14,6 +14,8 @@ InstructionAdapterName = Literal[
 
 PreferenceAdapterName = Literal["prompt_pair", "hh", "shp", "stack_exchange", "sharegpt_pair", "rated"]
 """Layouts of preferences, see `modern_llm.data.preference_adapters`."""
+
+Delimiter = Annotated[str, Field(pattern=r'^[^"\r\n]$')]
 
 Verdict = Literal["drop", "keep", "fail"]
 """What becomes of a row that a check finds: left out and counted; used and counted; or the run stops and names it."""
@@ -32,6 +34,8 @@ class SourceConfig(StrictModel):
     """Documents only: column that holds one."""
     document_separator: str | None = None
     """Documents only: in `.txt` files, the line between two."""
+    delimiter: Delimiter | None = None
+    """Character between the cells of `.csv` and `.tsv` files."""
     max_rows: PositiveInt | None = None
     """Use only the first so many rows."""
 
@@ -48,6 +52,8 @@ class DatasetConfig(StrictModel):
     files of a folder or glob have those that their names say (`train`, `validation`, `test`)."""
     dataset_config_name: str | None = None
     """Name of the hub data set's configuration (its subset), where it has several."""
+    delimiter: Delimiter | None = None
+    """Character between the cells of `.csv` and `.tsv` files. None: `,`, `;` or tab, whichever the first line has."""
     max_rows: PositiveInt | None = None
     """Use only the first so many rows of the split."""
     eval_split: str | None = None

@@ -307,14 +307,14 @@ def prepare_sources(
                 writer.close(counts)
 
             distributed.on_main(stored)(whole_key, fill)
-            return distributed.together(stored)(whole_key, fill)  # built anew where the ranks do not share a file system
+            store = distributed.together(stored)(whole_key, fill)  # built anew where the ranks do not share a file system
+            prefix = "" if split is None else "eval_"
+            for counts in (store.report, opened.left_out):  # files that are not read are no part of the key
+                add_counts(report, {prefix + count: value for count, value in counts.items()})
+            return store
 
         train = store_of(None)
-        add_counts(report, train.report)
-        evaluation = train
-        if config.eval_split is not None:
-            evaluation = store_of(config.eval_split)
-            add_counts(report, {f"eval_{count}": value for count, value in evaluation.report.items()})
+        evaluation = train if config.eval_split is None else store_of(config.eval_split)
         stores.append((source.weight, train, evaluation))
     found = []
     held_out = np.concatenate([evaluation.keys for _, _, evaluation in stores])  # also what another source holds out
