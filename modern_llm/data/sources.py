@@ -15,6 +15,7 @@ import numpy as np
 from modern_llm.checkpoint import sha256_of_file
 from modern_llm.config import UserError
 from modern_llm.config.data import DatasetConfig, SourceConfig
+from modern_llm.config.memory import MEMORY, memory_rows
 from modern_llm.data.local_files import FORMATS, SplitFiles, file_format, is_glob, split_files
 from modern_llm.data.readers import BadRows, Row, last_line, read_file
 from modern_llm.data.village import VILLAGE_NAME, village_rows
@@ -38,43 +39,54 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str, config: SourceConfig, kind: Kind, split: str | None = None) -> Source:
+def open_source(name: str, config: SourceConfig, kind: Kind) -> Source:
     """The source of a name.
 
     Args:
-        name: file, folder, glob, hub id, or `builtin:village`.
+        name: file, folder, glob, hub id, `builtin:village`, or that of data in memory.
         config: with nothing left to inherit.
         kind: what the rows are for.
-        split: instead of the config's.
 
     Raises:
         UserError: no such file, data set or split.
     """
-    split = split or config.split or "train"
+    split = config.split or "train"
     if name == VILLAGE_NAME:
         source: Source = _Village(kind, split)
     elif name.startswith("builtin:"):
         raise UserError(f"dataset_name={name!r}: the only built-in data set is {VILLAGE_NAME!r}")
-    elif _looks_local(name):
+    elif _is_local(name):
         source = _local(name, config, split)
     else:
         source = _Table(_hub_table(name, config, split), f"{name}[{split}]")
     whole = source.source if isinstance(source, _Part) else source
     if config.delimiter is not None and not (isinstance(whole, _Files) and file_format(whole.files[0]) in (".csv", ".tsv")):
-        raise UserError(f"delimiter={config.delimiter!r} is for .csv and .tsv files, which {name} is not: leave it out there")
+        raise UserError(
+            f"delimiter={config.delimiter!r} is for .csv and .tsv files, not for {name}: set it on the sources it is for"
+        )
     return source if config.max_rows is None else _Part(source, 0, config.max_rows)
 
 
-def _looks_local(name: str) -> bool:
+def left_out_files(name: str, config: SourceConfig, kind: Kind) -> Mapping[str, int]:
+    """Counts for the report of a source that is streamed: files that are there and not read."""
+    return open_source(name, config, kind).left_out if _is_local(name) else {}
+
+
+def _is_local(name: str) -> bool:
     path = Path(name)
+    if name.startswith(MEMORY):
+        return True
     return path.exists() or is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~"))
 
 
 def _local(name: str, config: SourceConfig, split: str) -> Source:
     path = Path(name).expanduser()
     base, slices = _split_and_slices(split)
-    if path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        source: Source = _saved_table(path, base)
+    if name.startswith(MEMORY):
+        held = memory_rows(name, base)
+        source: Source = _Table(held.rows, f"{name}[{base}]", held.digest)
+    elif path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        source = _saved_table(path, base)
     else:
         source = _Files(split_files(path, name, base), config, base if path.is_file() else "train")
     if slices is None:
@@ -161,14 +173,16 @@ class _Village:
 
 
 class _Table:
-    """An Arrow table of `datasets`: memory-mapped, from the hub or from a saved folder."""
+    """An Arrow table of `datasets`: memory-mapped, from the hub or from a saved folder; or rows in memory."""
 
     left_out: Mapping[str, int] = {}
 
-    def __init__(self, table: Any, name: str) -> None:
-        self.table, self.name = table, name
+    def __init__(self, table: Any, name: str, known_digest: str | None = None) -> None:
+        self.table, self.name, self.known_digest = table, name, known_digest
 
     def fingerprint(self) -> str:
+        if self.known_digest is not None:
+            return self.known_digest
         import pyarrow
 
         digest = hashlib.sha256()
@@ -243,16 +257,18 @@ def _hub_table(name: str, config: SourceConfig, split: str, streaming: bool = Fa
         ) from None
 
 
-def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows, split: str | None = None) -> Iterator[Row]:
+def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows) -> Iterator[Row]:
     """The rows of a source, without ever storing or hashing it; hub data sets are streamed.
 
     Raises:
         UserError: as `open_source`, or the hub stops answering on the way.
     """
-    split = split or config.split or "train"
-    if name.startswith("builtin:") or _looks_local(name):
-        yield from open_source(name, config, kind, split).rows(bad)
-        return
+    if name.startswith("builtin:") or _is_local(name):
+        return open_source(name, config, kind).rows(bad)
+    return bad.watch(_streamed_rows(name, config, config.split or "train"))
+
+
+def _streamed_rows(name: str, config: SourceConfig, split: str) -> Iterator[Row]:
     table = iter(_hub_table(name, config, split, streaming=True))
     for number in itertools.count() if config.max_rows is None else range(config.max_rows):
         try:
