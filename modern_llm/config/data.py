@@ -116,9 +116,8 @@ class DatasetConfig(StrictModel):
         if self.eval_dataset is None:
             return None
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {self.eval_dataset: SourceConfig()}
-        ((name, source),) = named.items()
-        source = self._inherit(source, "text_field", "document_separator")  # the rest is of the other data set
-        return {name: source.model_copy(update={"split": source.split or "train"})}
+        # the other settings belong to the data set to train on
+        return {name: self._inherit(source, "text_field", "document_separator") for name, source in named.items()}
 
     def _inherit(self, source: SourceConfig, *fields: str) -> SourceConfig:
         left = {name: getattr(self, name) for name in fields if getattr(source, name) is None and hasattr(self, name)}

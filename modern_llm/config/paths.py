@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -33,12 +33,7 @@ def expanded(value: Path | str, field: str = "") -> str:
     return text
 
 
-def expanded_name(name: Any) -> Any:
-    """`expanded` of a path or text; anything else as it is, for the field's type to refuse."""
-    return expanded(name) if isinstance(name, Path | str) else name
-
-
 FolderPath = Annotated[Path, AfterValidator(lambda path: Path(expanded(path)))]
 """Field that names a folder."""
-Name = Annotated[str, BeforeValidator(expanded_name)]
+Name = Annotated[str, BeforeValidator(lambda name: expanded(name) if isinstance(name, Path | str) else name)]
 """Field that names a file or folder, a hub id, or something built in."""

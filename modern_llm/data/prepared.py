@@ -302,7 +302,7 @@ def prepare_sources(
             if bad.count:
                 counts["bad_rows_skipped"] = bad.count
             if not counts["rows_read"]:
-                raise UserError(f"dataset_name={name!r}: split {source.split!r} has no rows")
+                raise UserError(f"dataset_name={name!r}: split {source.split or 'train'!r} has no rows")
             writer.close(counts)
 
         distributed.on_main(stored)(whole_key, fill)

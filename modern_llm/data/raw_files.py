@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,56 +18,47 @@ _OTHER_CONTENT = (
     (PARQUET, "a parquet file: rename it to end in .parquet"),
     (GZIP, "compressed with gzip: add .gz to its name"),
     (ZSTANDARD, "compressed with zstd: add .zst to its name"),
-    (b"BZh91AY&SY", "compressed with bzip2: decompress it"),
-    (b"\xfd7zXZ\x00", "compressed with xz: decompress it"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet: unpack it, or save it as .csv"),
-    (b"ARROW1", "an Arrow file: give the folder that save_to_disk of datasets wrote"),
-    (b"%PDF-", "a PDF: save its text as .txt"),
 )
 """First bytes of files that hold no text, and what to do with them."""
 
-_BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
-
-def refuse_other_content(path: Path, expected: bytes = b"", head: bytes | None = None) -> None:
-    """Raise where a file's first bytes are those of a known format that is not the expected one.
+def refuse_other_content(path: Path, expected: bytes = b"") -> None:
+    """Raise where a file begins like a known format that is not the expected one.
 
     Args:
         path: the file.
         expected: first bytes of the format that its name promises; empty for text.
-        head: first bytes of the decompressed content. None: the file's own are read.
 
     Raises:
         UserError: names the format and says what to do.
         OSError: the file cannot be read.
     """
-    if head is None:
-        with path.open("rb") as file:
-            head = file.read(64)
+    with path.open("rb") as file:
+        head = file.read(64)
     for magic, message in _OTHER_CONTENT:
         if head.startswith(magic) and magic != expected:
             raise UserError(f"{path}: the file is {message}")
 
 
 def open_text(path: Path) -> BinaryIO:
-    """Open a text file as UTF-8 bytes. UTF-16 and UTF-32 are converted; the mark of UTF-8 itself stays.
+    """Open a text file as UTF-8 bytes. UTF-16 and UTF-32 are converted; a byte order mark stays, as that of UTF-8.
 
     Raises:
         UserError: the file is of another kind, or of an encoding that it does not announce.
-        OSError, EOFError, zlib.error: the file cannot be read.
+        UnicodeDecodeError: it is not of the encoding that it announces.
+        OSError, EOFError, zlib.error: it cannot be read.
     """
     refuse_other_content(path, COMPRESSIONS.get(path.suffix, b""))
     file: Any = _decompressed(path)
     head = file.peek(1024)[:1024]
-    refuse_other_content(path, head=head)
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if head.startswith(mark):
-            return io.BufferedReader(_AsUtf8(file, encoding), 1 << 20)  # type: ignore[arg-type]
+    for encoding in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be"):  # the mark of the first begins with that of the third
+        if head.startswith("\ufeff".encode(encoding)):
+            converted: Any = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+            with file:
+                converted.writelines(map(str.encode, codecs.iterdecode(iter(lambda: file.read(1 << 20), b""), encoding)))
+            converted.seek(0)
+            return converted
     if 4 * head.count(0) > len(head):
         raise UserError(f"{path}: not UTF-8 but zero bytes, as in UTF-16 without a byte order mark: save it as UTF-8")
     return file
@@ -93,22 +85,5 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-class _AsUtf8(io.RawIOBase):
-    """Text of another encoding as UTF-8 bytes. Reading raises UnicodeDecodeError where the text is not of that encoding."""
-
-    def __init__(self, file: BinaryIO, encoding: str) -> None:
-        self.text, self.rest = io.TextIOWrapper(file, encoding, newline=""), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self.rest:
-            self.rest = self.text.read(1 << 16).encode()
-        data, self.rest = self.rest[: len(buffer)], self.rest[len(buffer) :]
         buffer[: len(data)] = data
         return len(data)

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from modern_llm.config import UserError
+from modern_llm.config.data import SourceConfig
 from modern_llm.config.io import parse_json
-from modern_llm.data.local_files import FORMATS, file_format, one_split_only, standard_split
+from modern_llm.data.local_files import FORMATS, SPLIT_WORDS, file_format, standard_split
 from modern_llm.data.raw_files import COMPRESSIONS, PARQUET, open_text, refuse_other_content
 
 EACH_LINE = "\n"
 """The `document_separator` that makes every line a document."""
 PARQUET_ROWS_AT_ONCE = 1000
 _BLANK = b"\xef\xbb\xbf \t\r\n"
+_CHAT = re.compile(rb'\[\s*\{\s*"(role|from|content|value)"')
 _DELIMITERS = (",", ";", "\t")
 _LIST_COLUMNS = {
     "messages", "conversations", "conversation", "dialog", "dialogue", "turns", "history", "tools", "prompt", "prompts",
@@ -67,22 +69,13 @@ class BadRows:
             self.any_good = True
 
 
-def read_file(
-    path: Path,
-    bad: BadRows,
-    text_field: str = "text",
-    document_separator: str | None = None,
-    delimiter: str | None = None,
-    split: str = "train",
-) -> Iterator[Row]:
+def read_file(path: Path, bad: BadRows, config: SourceConfig, split: str = "train") -> Iterator[Row]:
     """The rows of a file.
 
     Args:
         path: one of `FORMATS`; all but `.parquet` may be compressed.
         bad: told about each row that cannot be read.
-        text_field: the column that a `.txt` file's documents get.
-        document_separator: the line between two documents of a `.txt` file.
-        delimiter: what separates the cells of a `.csv` or `.tsv` file. None: the first line decides.
+        config: names the column of a `.txt` file's documents, the line between them, and the delimiter of a table.
         split: of a `.json` file that holds one object with a list of rows for each split.
 
     Raises:
@@ -101,13 +94,12 @@ def read_file(
             elif kind == ".json":
                 rows = _json_file(path, file.read(), bad, split)
             elif kind in (".csv", ".tsv"):
-                rows = _csv_rows(path, file, bad, delimiter)
+                rows = _csv_rows(path, file, bad, config.delimiter)
             else:
-                rows = _documents(path, file, bad, text_field, document_separator)
+                rows = _documents(path, file, bad, config.text_field or "text", config.document_separator)
             yield from bad.watch(rows)
     except UnicodeDecodeError as error:  # UTF-8 is decoded row by row
-        encoding = error.encoding[:6].upper()
-        raise UserError(f"{path}: not {encoding}, which its first bytes say: {error.reason}: save it as UTF-8") from None
+        raise UserError(f"{path}: not {error.encoding}, which its first bytes say: {error.reason}: save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         bad(f"{path}: cannot be read{' to its end' if path.suffix in COMPRESSIONS else ''}: {error}")
 
@@ -125,11 +117,11 @@ def _json_lines(path: Path, file: BinaryIO, bad: BadRows, split: str) -> Iterato
     start, first = 1, file.readline()
     while first and not first.strip(_BLANK):
         start, first = start + 1, file.readline()
-    if _begins_json_file(first):
+    if first.strip(_BLANK) == b"{" or (first.strip(_BLANK)[:1] == b"[" and not _CHAT.search(first)):
         yield from _json_file(path, b"\n" * (start - 1) + first + file.read(), bad, split)
         return
     if split != "train":
-        raise UserError(one_split_only(path, split))
+        raise UserError(f"split={split!r}: {path} has ['train']")
     for number, raw in enumerate(itertools.chain([first], file), start):
         place = f"{path}, line {number}"
         line = _decoded(raw, place, bad)
@@ -145,74 +137,51 @@ def _json_lines(path: Path, file: BinaryIO, bad: BadRows, split: str) -> Iterato
         yield from _row_of(values, place, bad)
 
 
-def _begins_json_file(line: bytes) -> bool:
-    """True if a first line is the beginning, or the whole, of an indented object or a list of rows."""
-    line = line.strip(_BLANK)
-    if line[:1] != b"[":
-        return line == b"{"
-    try:
-        return not _is_chat(parse_json(line.decode()))
-    except ValueError:
-        return True
-
-
 def _json_file(path: Path, raw: bytes, bad: BadRows, split: str) -> Iterator[Row]:
     """A list of objects, or one object with such a list; or one object a line, as many files of this name are."""
     first, _, rest = raw.strip(_BLANK).partition(b"\n")
-    if first[:1] == b"{" and first.rstrip()[-1:] == b"}" and rest:
+    ends = first[:1] + first.rstrip()[-1:]
+    if rest and (ends == b"{}" or (ends == b"[]" and _CHAT.match(first))):
         yield from _json_lines(path, io.BytesIO(raw), bad, split)
         return
-    text = (_decoded(raw, str(path), bad) or "").lstrip("\ufeff")
+    text = (_decoded(raw, str(path), BadRows(skip=False)) or "").lstrip("\ufeff")  # all rows would be skipped as one
     try:
-        content: Any = parse_json(text) if text.strip() else []
+        content = parse_json(text) if text.strip() else []
     except json.JSONDecodeError as error:
         why = "more than one JSON value: write each on one line" if error.msg == "Extra data" else error
         raise UserError(f"{path}, line {error.lineno}: not JSON: {why}") from None
     except ValueError as error:  # nested too deeply, or a number of thousands of digits
         raise UserError(f"{path}: not JSON: {error}") from None
-    key = _key_of_rows(path, content, split)
-    found: Any = content if key is None else content[key]
-    if isinstance(found, dict) or _is_chat(found):
-        found = [found]
-    if not isinstance(found, list):
-        raise UserError(f"{path}: must hold a list of objects, not {type(found).__name__}")
+    if not isinstance(content, dict | list):
+        raise UserError(f"{path}: must hold a list of objects, not {type(content).__name__}")
+    by_split = _lists_of(path, content) if isinstance(content, dict) else {"train": content}
+    found = by_split.get(split, {standard_split(key): rows for key, rows in by_split.items()}.get(standard_split(split)))
+    if found is None:
+        raise UserError(f"split={split!r}: {path} has {list(by_split)}")
     for number, values in enumerate(found):
-        yield from _row_of(values, f"{path}, {'' if key is None else f'{key!r} '}row {number}", bad)
+        yield from _row_of(values, f"{path}, row {number}", bad)
 
 
-def _key_of_rows(path: Path, content: Any, split: str) -> str | None:
-    """The key under which a file's one object holds the rows; None where the file is a list, or the object is a row.
+def _lists_of(path: Path, content: dict[str, Any]) -> dict[str, list[Any]]:
+    """The rows of a file's one object by split: its one list of objects, such a list for each split, or the object itself.
 
     Raises:
-        UserError: it has several such keys that are no splits, or not this split.
+        UserError: it has several lists that are no splits.
     """
-    lists = []
-    if isinstance(content, dict):
-        lists = [key for key, value in content.items() if isinstance(value, list) and isinstance(next(iter(value), None), dict)]
-    words = {standard_split(key if len(lists) == 1 else key.partition("_")[0]) for key in lists}
-    if lists and words <= {"train", "test", "validation"}:
-        found = split if split in lists else {standard_split(key): key for key in lists}.get(standard_split(split))
-        if found is None:
-            raise UserError(f"split={split!r}: {path} has {lists}")
-        return found
-    if split != "train":
-        raise UserError(one_split_only(path, split))
-    if not lists or _LIST_COLUMNS & set(lists):
-        return None
-    if len(lists) > 1:
+    lists = {key: value for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
+    if not lists or _LIST_COLUMNS & lists.keys():
+        return {"train": [content]}
+    if len(lists) == 1 and standard_split(*lists) not in SPLIT_WORDS:
+        return {"train": next(iter(lists.values()))}
+    if any(standard_split(key.partition("_")[0]) not in SPLIT_WORDS for key in lists):
         raise UserError(f"{path}: one object with rows under {', '.join(map(repr, lists))}: save each as a file of its own")
-    return lists[0]
-
-
-def _is_chat(value: Any) -> bool:
-    """True for a list of messages, which is the only column of its row."""
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and (first.keys() >= {"role", "content"} or first.keys() >= {"from", "value"})
+    return lists
 
 
 def _row_of(values: Any, place: str, bad: BadRows) -> Iterator[Row]:
-    if _is_chat(values):
-        values = {"messages" if "role" in values[0] else "conversations": values}
+    first = values[0] if isinstance(values, list) and values else None
+    if isinstance(first, dict) and ("role" in first or "from" in first):  # the one column of a chat
+        values = {"messages" if "role" in first else "conversations": values}
     if isinstance(values, dict):
         yield Row(values, place)
     else:
@@ -261,10 +230,7 @@ def _delimiter_of(path: Path, head: list[str]) -> str:
     if file_format(path) == ".tsv" and "\t" in cutting:
         return "\t"
     if len(cutting) > 1:
-        raise UserError(
-            f"{path}, line {len(head)}: cells may be separated by {' or '.join(map(repr, cutting))}: "
-            f"set delimiter to one of them"
-        )
+        raise UserError(f"{path}, line {len(head)}: {' or '.join(map(repr, cutting))} may separate the cells: set delimiter")
     return cutting[0] if cutting else ","
 
 

@@ -16,7 +16,7 @@ from modern_llm.checkpoint import sha256_of_file
 from modern_llm.config import UserError
 from modern_llm.config.data import DatasetConfig, SourceConfig
 from modern_llm.config.memory import MEMORY, memory_rows
-from modern_llm.data.local_files import FORMATS, SplitFiles, file_format, is_glob, split_files
+from modern_llm.data.local_files import FORMATS, file_format, is_glob, split_files
 from modern_llm.data.readers import BadRows, Row, last_line, read_file
 from modern_llm.data.village import VILLAGE_NAME, village_rows
 from modern_llm.hub import hub
@@ -27,7 +27,7 @@ Kind = Literal["text", "instructions", "preferences"]
 class Source(Protocol):
     """One split of one data set."""
 
-    left_out: Mapping[str, int]
+    left_out: Mapping[str, int] = {}
     """Counts for the report: files that were there and are not read."""
 
     def fingerprint(self) -> str:
@@ -74,21 +74,19 @@ def left_out_files(name: str, config: SourceConfig, kind: Kind) -> Mapping[str, 
 
 def _is_local(name: str) -> bool:
     path = Path(name)
-    if name.startswith(MEMORY):
-        return True
-    return path.exists() or is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~"))
+    return path.exists() or is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~", MEMORY))
 
 
 def _local(name: str, config: SourceConfig, split: str) -> Source:
     path = Path(name).expanduser()
     base, slices = _split_and_slices(split)
     if name.startswith(MEMORY):
-        held = memory_rows(name, base)
-        source: Source = _Table(held.rows, f"{name}[{base}]", held.digest)
+        rows, digest = memory_rows(name, base)
+        source: Source = _Table(rows, f"{name}[{base}]", digest)
     elif path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         source = _saved_table(path, base)
     else:
-        source = _Files(split_files(path, name, base), config, base if path.is_file() else "train")
+        source = _Files(*split_files(path, name, base), config, base if path.is_file() else "train")
     if slices is None:
         return source
     total = sum(1 for _ in source.rows(BadRows(skip=True)))
@@ -114,28 +112,28 @@ def _slice_bounds(split: str, base: str, total: int) -> tuple[int, int]:
     return parts[0].from_, parts[0].to
 
 
-class _Files:
+class _Files(Source):
     """Rows of local files, one file after the other."""
 
-    def __init__(self, found: SplitFiles, config: SourceConfig, split: str) -> None:
+    def __init__(self, files: list[Path], left_out: Mapping[str, int], config: SourceConfig, split: str) -> None:
         """
         Args:
-            found: the files.
+            files: of one format.
+            left_out: see `Source`.
             config: how to read them.
             split: inside of each file.
         """
-        self.files, self.left_out = found.files, found.left_out
-        self.settings = (config.text_field or "text", config.document_separator, config.delimiter, split)
+        self.files, self.left_out, self.config, self.split = files, left_out, config, split
 
     def fingerprint(self) -> str:
         try:
             hashes = [(file_format(file), _hash_of(file, *_version_of(file))) for file in self.files]
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
-        return _digest(hashes, *self.settings)
+        return _digest(hashes, self.config.text_field, self.config.document_separator, self.config.delimiter, self.split)
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
-        return itertools.chain.from_iterable(read_file(file, bad, *self.settings) for file in self.files)
+        return itertools.chain.from_iterable(read_file(file, bad, self.config, self.split) for file in self.files)
 
 
 def _version_of(file: Path) -> tuple[int, int, int]:
@@ -149,10 +147,8 @@ def _hash_of(file: Path, size: int, changed: int, number: int) -> str:
     return sha256_of_file(file)
 
 
-class _Village:
+class _Village(Source):
     """The built-in world."""
-
-    left_out: Mapping[str, int] = {}
 
     def __init__(self, kind: Kind, split: str) -> None:
         base, slices = _split_and_slices(split)
@@ -172,10 +168,8 @@ class _Village:
         return (Row(values, f"{VILLAGE_NAME}[{self.split}] row {i}") for i, values in enumerate(self.found))
 
 
-class _Table:
+class _Table(Source):
     """An Arrow table of `datasets`: memory-mapped, from the hub or from a saved folder; or rows in memory."""
-
-    left_out: Mapping[str, int] = {}
 
     def __init__(self, table: Any, name: str, known_digest: str | None = None) -> None:
         self.table, self.name, self.known_digest = table, name, known_digest
@@ -210,7 +204,7 @@ class _Hashing(io.RawIOBase):
         return len(data)
 
 
-class _Part:
+class _Part(Source):
     """Some rows of a source."""
 
     def __init__(self, source: Source, first: int, behind: int) -> None:

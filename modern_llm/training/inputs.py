@@ -88,11 +88,9 @@ def content_of(data: DatasetConfig, kind: Kind) -> list[dict[str, Any]]:
     streaming = isinstance(data, LanguageModelingDatasetConfig) and data.streaming
     for prefix, sources in (("", data.sources()), ("eval_", data.eval_sources() or {})):
         for name, source in sources.items():
-            if streaming:
-                rows = {f"{prefix}stream": name}  # too large to be hashed; its name has to do
-            else:
-                rows = {f"{prefix}rows": open_source(name, source, kind).fingerprint()}
-            found.append({**rows, **plain(source)})
+            # a stream is too large to be hashed; its name has to do
+            rows = name if streaming else open_source(name, source, kind).fingerprint()
+            found.append({prefix + ("stream" if streaming else "rows"): rows, **plain(source)})
     return found
 
 

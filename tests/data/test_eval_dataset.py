@@ -1,4 +1,4 @@
-"""Another data set as the evaluation set: all of it is held out, its prompts are not trained on, and only its content counts."""
+"""Another data set as the evaluation set: all of it is held out, its prompts are not trained on, its name does not count."""
 
 import json
 import shutil

@@ -105,8 +105,7 @@ def test_values_of_arrow_and_numpy_are_kept() -> None:
     ("value", "message"),
     [
         ([{"a": 1}, 3], "row 1 must be a dict, not int"),
-        ([{"a": 1}, {"a": object()}], "row 1: a value of type object"),
-        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "a stream of datasets cannot be hashed"),
+        (datasets.Dataset.from_list(ROWS).to_iterable_dataset(), "valid string"),
         ([], "names no data set"),
     ],
 )

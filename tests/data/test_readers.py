@@ -17,6 +17,7 @@ from modern_llm.config import (
     PreferenceDatasetConfig,
     UserError,
 )
+from modern_llm.config.data import SourceConfig
 from modern_llm.data import instruction_datasets, lm_datasets, preference_datasets
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
@@ -45,7 +46,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def texts(path: Path, **fields: Any) -> list[str]:
-    return [row.values["text"] for row in read_file(path, BadRows(skip=False), **fields)]
+    return [row.values["text"] for row in read_file(path, BadRows(skip=False), SourceConfig(**fields))]
 
 
 # Formats
@@ -120,9 +121,9 @@ def indented(value: Any) -> str:
         ("a.jsonl", json.dumps([ROW, ROW]), [ROW, ROW]),
         ("a.jsonl", indented([ROW, ROW]), [ROW, ROW]),
         ("a.jsonl", f"{json.dumps(CHAT)}\n\n{json.dumps(CHAT)}\n", [{"messages": CHAT}] * 2),
+        ("a.json", f"{json.dumps(CHAT)}\n\n{json.dumps(CHAT)}\n", [{"messages": CHAT}] * 2),
         ("a.jsonl", f"{json.dumps(SHAREGPT)}\n", [{"conversations": SHAREGPT}]),
         ("a.json", indented([CHAT, CHAT]), [{"messages": CHAT}] * 2),
-        ("a.json", indented(CHAT), [{"messages": CHAT}]),
         ("a.ndjson", f"{json.dumps(ROW)}\n", [ROW]),
         ("a.tsv", 'prompt\tcompletion\nHi\tYes\n"Hi"\tYes\n', [ROW, ROW]),
         ("a.csv", "prompt\tcompletion\nHi\tYes\n", [ROW]),
@@ -135,9 +136,15 @@ def indented(value: Any) -> str:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_rows_are_read_in_whatever_form_they_are_written(tmp_path, name, content, expected, encoding) -> None:
     path = write(tmp_path / name, content.encode(encoding))
-    assert [row.values for row in read_file(path, BadRows(skip=False))] == expected
+    assert [row.values for row in read_file(path, BadRows(skip=False), SourceConfig())] == expected
     packed = write(tmp_path / f"{name}.gz", gzip.compress(content.encode(encoding)))
-    assert [row.values for row in read_file(packed, BadRows(skip=False))] == expected
+    assert [row.values for row in read_file(packed, BadRows(skip=False), SourceConfig())] == expected
+
+
+def test_a_json_file_that_cannot_be_decoded_is_not_skipped_as_one_row(tmp_path) -> None:
+    path = write(tmp_path / "a.json", b'[{"text": "a"}, {"text": "\xff"}]')
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(read_file(path, BadRows(skip=True), SourceConfig()))
 
 
 @pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
@@ -151,7 +158,9 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path, ending, codec) -> None:
 
 def test_the_delimiter_may_be_given(tmp_path) -> None:
     path = write(tmp_path / "a.csv", "text|n,1;2\na;b|3\n")
-    assert [row.values for row in read_file(path, BadRows(skip=False), delimiter="|")] == [{"text": "a;b", "n,1;2": "3"}]
+    assert [row.values for row in read_file(path, BadRows(skip=False), SourceConfig(delimiter="|"))] == [
+        {"text": "a;b", "n,1;2": "3"}
+    ]
     config = LanguageModelingDatasetConfig(dataset_name=str(path), split="train[:1]", delimiter="|")
     source = open_source(str(path), config.sources()[str(path)], "text")
     assert [row.values for row in source.rows(BadRows(skip=False))] == [{"text": "a;b", "n,1;2": "3"}]
@@ -223,7 +232,7 @@ def test_skipping_is_proposed_only_where_a_row_was_used_before(tmp_path, encoder
 )
 def test_every_row_but_the_bad_ones_is_read_where_they_are_skipped(tmp_path, name, content, num_bad) -> None:
     bad = BadRows(skip=True)
-    rows = read_file(write(tmp_path / name, content), bad, document_separator="---")
+    rows = read_file(write(tmp_path / name, content), bad, SourceConfig(document_separator="---"))
     assert [row.values["text"] for row in rows] == ["a", "b", "c"]
     assert bad.count == num_bad
 
