@@ -61,8 +61,6 @@ def split_files(path: Path, name: str, split: str) -> tuple[list[Path], dict[str
     if path.is_file():
         if split != "train" and file_format(path) != ".json":  # whose splits may be its keys
             raise UserError(f"split={split!r}: {path} is one file, the split 'train': hold rows out with eval_fraction")
-        if not path.stat().st_size:
-            raise UserError(f"{path}: has no rows: the file is empty (0 bytes)")
         return [path], {}
     if path.is_dir():
         every = [file for file in sorted(path.rglob("*")) if not any(p.startswith(".") for p in file.relative_to(path).parts)]

@@ -24,7 +24,7 @@ _OTHER_CONTENT = (
 
 
 def refuse_other_content(path: Path, expected: bytes = b"") -> None:
-    """Raise where a file begins like a known format that is not the expected one.
+    """Raise where a file is empty, or begins like a known format that is not the expected one.
 
     Args:
         path: the file.
@@ -36,6 +36,8 @@ def refuse_other_content(path: Path, expected: bytes = b"") -> None:
     """
     with path.open("rb") as file:
         head = file.read(64)
+    if not head:
+        raise UserError(f"{path}: has no rows: the file is empty (0 bytes)")
     for magic, message in _OTHER_CONTENT:
         if head.startswith(magic) and magic != expected:
             raise UserError(f"{path}: the file is {message}")
@@ -45,7 +47,7 @@ def open_text(path: Path) -> BinaryIO:
     """Open a text file as UTF-8 bytes. UTF-16 and UTF-32 are converted; a byte order mark stays, as that of UTF-8.
 
     Raises:
-        UserError: the file is of another kind, or of an encoding that it does not announce.
+        UserError: the file is empty, of another kind, or of an encoding that it does not announce.
         UnicodeDecodeError: it is not of the encoding that it announces.
         OSError, EOFError, zlib.error: it cannot be read.
     """
