@@ -18,13 +18,14 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
 }
 _WORD = rf"(?:{'|'.join(word for words in SPLIT_WORDS.values() for word in words)})"
+_SHARD = r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*$"
 _RULES = (
-    rf"(?:^|/)(?:(?<=^data/)|(?<=/data/)|(?={_WORD}[-._ 0-9]))(\w+(?:\.\w+)*)-\d{{5}}-of-\d{{5}}[^/]*$",
+    rf"^data/{_SHARD}",
     rf"(?:^|[-._ 0-9/])({_WORD})(?:[-._ 0-9][^/]*)?/",
-    rf"(?:^|[-._ 0-9/])({_WORD})[-._ 0-9][^/]*$",
+    rf"(?:^|/)(?={_WORD}[-._ 0-9]){_SHARD}|(?:^|[-._ 0-9/])({_WORD})[-._ 0-9][^/]*$",
 )
-"""Rules of the hub: shards (elsewhere than in `data/` only those of a split's word), then folders, then file names. Capitals
-do not matter, unlike there: where `Train` and `Test` were no splits, a model would be trained on both."""
+"""Rules of the hub: shards in `data/`, folders, file names. Unlike there, a shard elsewhere is of the split that it names
+(`train_sft`), a name of two splits is of the first alone, and capitals do not matter: a model would be trained on `Test`."""
 _NO_ROWS = re.compile(r"(?i)(readme|licen[cs]e)(\.(md|txt|rst))?|.*\.(md|py)|(dataset_infos?|dataset_dict|config|state)\.json")
 MAX_NAMES = 5
 """Files that a report names; more are only counted."""
@@ -99,7 +100,7 @@ def _by_split(rows: Mapping[Path, str]) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
         for file, label in rows.items():
             if match := re.search(rule, label, re.IGNORECASE):
-                found.setdefault(standard_split(match[1]), []).append(file)
+                found.setdefault(standard_split(match[match.lastindex or 0]), []).append(file)
         if found:
             return found
     return {"train": list(rows)}

@@ -222,6 +222,7 @@ def test_names_in_a_folder_select_the_split(tmp_path, names) -> None:
         (["train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl", "train_gen-00000-of-00001.jsonl"],
          "train_sft", [0, 1], {"files_of_other_splits": 1}),
         (["data/part-00000-of-00001.jsonl", "data/more.jsonl"], "part", [0], {"left_out[data/more.jsonl]": 1}),
+        (["train-00000-of-00001.jsonl", "dev.jsonl", "b/train-dev.jsonl"], "train", [2, 0], {"files_of_other_splits": 1}),
         (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "train", [0, 1], {}),
         (["a.jsonl", "b.jsonl.bz2", "README.md", "LICENSE", "dataset_info.json"], "train", [0], {"left_out[b.jsonl.bz2]": 1}),
         (["train.jsonl", *(f"{n}.jsonl" for n in range(7))], "train", [0],
@@ -235,6 +236,24 @@ def test_files_that_are_not_read_are_named(tmp_path, encoder, names, split, read
     for _ in range(2):  # made anew, and out of the cache
         report = prepare_documents(config, encoder.encoder, 256, 0).report
         assert {name: count for name, count in report.items() if name.startswith(("left_out", "files_"))} == left_out
+
+
+LAYOUTS = [
+    ["data/train_sft-00000-of-00001.jsonl", "data/test_gen-00000-of-00001.jsonl", "train.jsonl"],
+    ["data/part-00000-of-00001.jsonl", "data/a.jsonl"],
+    ["part-00000-of-00001.jsonl", "a.jsonl"],
+    ["train/a.jsonl", "my test/a.jsonl", "x/dev-1/a.jsonl", "contest/a.jsonl", "eval.jsonl"],
+    ["training.jsonl", "my_eval.v2.jsonl", "val2.jsonl", "trainers.jsonl", "contest.jsonl"],
+    ["latest/a.jsonl", "traindata.jsonl", "mytest.jsonl"],
+]
+
+
+@pytest.mark.parametrize("names", LAYOUTS, ids=lambda names: names[0])
+def test_files_have_the_splits_that_datasets_gives_them(tmp_path, names) -> None:
+    files(tmp_path, *names)
+    patterns = datasets.data_files.get_data_patterns(str(tmp_path))
+    for split, found in datasets.data_files.DataFilesDict.from_local_or_remote(patterns, base_path=str(tmp_path)).items():
+        assert texts(tmp_path, str(split)) == sorted({str(Path(file).relative_to(tmp_path)) for file in found})
 
 
 def test_files_of_no_split_are_named_where_the_split_is_absent(tmp_path) -> None:
