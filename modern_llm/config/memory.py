@@ -48,10 +48,9 @@ def register(value: Any) -> Any:
         splits = {str(split): table.with_format(None) for split, table in tables.items()}
     else:
         return value
-    held = {split: (rows, _digest(rows)) for split, rows in splits.items()}
-    digests = sorted((split, digest) for split, (_, digest) in held.items())
+    digests = {split: _digest(rows) for split, rows in sorted(splits.items())}
     name = MEMORY + hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
-    _REGISTERED[name] = held
+    _REGISTERED[name] = {split: (rows, digests[split]) for split, rows in splits.items()}
     return name
 
 

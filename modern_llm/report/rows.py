@@ -187,5 +187,6 @@ def _report_table(stage: str, report: dict) -> Table:
     table = Table(title=stage, title_justify="left", show_header=False)
     for name, value in report.items():
         if value:
-            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.1%}")
+            label = Text(name if "[" in name else name.replace("_", " "))  # a file's name stays as it is, and is no markup
+            table.add_row(label, f"{value:,}" if isinstance(value, int) else f"{value:.1%}")
     return table
