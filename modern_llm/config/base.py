@@ -80,7 +80,7 @@ def explain(error: ValidationError, source: str = "") -> str:
     real = [path for path, problem in problems if problem["type"] not in _WRONG_KIND]
     lines = []
     for path, problem in problems:
-        if problem["type"] in _WRONG_KIND and any(other[: len(path)] == path for other in real):
+        if problem["type"] in _WRONG_KIND and any(other[: len(path)] == path[: len(other)] for other in real):
             continue  # a value may be of several kinds, and was meant as another one
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
@@ -91,10 +91,10 @@ def explain(error: ValidationError, source: str = "") -> str:
     return "\n".join(lines)
 
 
-_WRONG_KIND = {"string_type", "dict_type", "float_type", "model_type"}
+_WRONG_KIND = {"string_type", "tuple_type", "dict_type", "float_type", "model_type"}
 
 
 def _path(loc: tuple[int | str, ...]) -> list[str]:
     """A problem's path without the kinds that pydantic puts between the fields where a value may be of several."""
     kinds = {"str", "constrained-float", "SourceConfig", "[key]"}
-    return [str(part) for part in loc if part not in kinds and not str(part).startswith(("dict[", "function-"))]
+    return [str(part) for part in loc if part not in kinds and not str(part).startswith(("dict[", "tuple[", "function-"))]

@@ -1,11 +1,11 @@
 """What a stage reads. One config class for each kind of data set."""
 
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from modern_llm.config.base import StrictModel
-from modern_llm.config.paths import Name
+from modern_llm.config.memory import DatasetName
 
 InstructionAdapterName = Literal[
     "messages", "sharegpt", "alpaca", "dolly", "question_answer", "prompt_completion", "oasst", "oasst_tree"
@@ -17,6 +17,7 @@ PreferenceAdapterName = Literal["prompt_pair", "hh", "shp", "stack_exchange", "s
 
 Role = Literal["system", "user", "assistant", "tool"]
 """Who says a message."""
+Delimiter = Annotated[str, Field(pattern=r'^[^"\r\n]$')]
 
 Verdict = Literal["drop", "keep", "fail"]
 """What becomes of a row that a check finds: left out and counted; used and counted; or the run stops and names it."""
@@ -35,32 +36,45 @@ class SourceConfig(StrictModel):
     """Documents only: column that holds one."""
     document_separator: str | None = None
     """Documents only: in `.txt` files, the line between two."""
+    delimiter: Delimiter | None = None
+    """Character between the cells of `.csv` and `.tsv` files."""
     max_rows: PositiveInt | None = None
     """Use only the first so many rows."""
     adapter: Literal[InstructionAdapterName, PreferenceAdapterName] | None = None
     """Chats and pairs only: layout of the rows."""
-    columns: dict[str, Name] | None = None
+    columns: dict[str, str] | None = None
     """Chats and pairs only: names of columns in the data, by standard name."""
     roles: dict[str, Role] | None = None
     """Chats and pairs only: who speaks, by the name of the role in the data."""
 
 
+READING = ("text_field", "document_separator", "adapter", "columns", "roles")
+"""Settings of a source that say how its rows are read; the others say which of them."""
+
+
 class DatasetConfig(StrictModel):
     """What every kind of data set shares: where rows come from and which of them are held out."""
 
-    dataset_name: Name | dict[Name, PositiveFloat | SourceConfig]
-    """A Hugging Face hub id; a local `.jsonl`, `.json`, `.csv`, `.txt` (each also `.gz` or `.zst`) or `.parquet` file, a folder
-    or a glob of them (`data/*.jsonl`); a folder saved by `datasets`; or `builtin:village`. Several: `{name: weight}`, where an
-    epoch goes `weight` times through each, or `{name: {weight: 0.5, split: …}}`."""
+    dataset_name: DatasetName | tuple[DatasetName, ...] | dict[DatasetName, PositiveFloat | SourceConfig]
+    """A Hugging Face hub id; a local `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt` (each also `.gz` or `.zst`) or `.parquet` file,
+    a folder or a glob of them (`data/*.jsonl`); a folder saved by `datasets`; or `builtin:village`. Several: `[name, name]`;
+    `{name: weight}`, where an epoch goes `weight` times through each; or `{name: {weight: 0.5, split: …}}`. In Python also a
+    `Dataset` or `DatasetDict` of `datasets`, or a list of rows as dicts."""
     split: str = "train"
-    """Which split to train on; slices such as `train[:5%]` work everywhere. A local file has the one split `train`; the
-    files of a folder or glob have those that their names say (`train`, `validation`, `test`)."""
+    """Which split to train on; slices such as `train[:5%]` work everywhere. A local file has the one split `train` (a `.json`
+    file those that are keys of its one object); the files of a folder or glob have those that their names say, as on the hub
+    (`train`, `validation`, `test`, or `train_sft` of `train_sft-00000-of-00003.parquet`)."""
     dataset_config_name: str | None = None
     """Name of the hub data set's configuration (its subset), where it has several."""
+    delimiter: Delimiter | None = None
+    """Character between the cells of `.csv` and `.tsv` files. None: `,`, `;` or tab, whichever the first line has."""
     max_rows: PositiveInt | None = None
     """Use only the first so many rows of the split."""
     eval_split: str | None = None
-    """A split held out for evaluation. None: `eval_fraction` decides."""
+    """A split held out for evaluation. None: `eval_dataset` or `eval_fraction` decides."""
+    eval_dataset: DatasetName | dict[DatasetName, SourceConfig] | None = None
+    """Another data set, all of which is held out for evaluation: named as in `dataset_name`, or `{name: {split: test}}`. Rows
+    to train on that have a prompt of it are left out and counted."""
     eval_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the rows held out for evaluation, chosen by a hash of the prompt (of the text, for documents), so that
     the same prompt is never on both sides. 0: none."""
@@ -77,15 +91,20 @@ class DatasetConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
-        if self.eval_split is not None and self.eval_fraction:
-            raise ValueError("eval_split and eval_fraction both hold rows out: give one of them")
+        given = [field for field in ("eval_split", "eval_dataset", "eval_fraction") if getattr(self, field) not in (None, 0)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} all hold rows out: give one of them")
         if self.eval_fold >= self.folds:
             raise ValueError(
                 f"eval_fold={self.eval_fold}: eval_fraction={self.eval_fraction:g} makes {self.folds} fold(s), counted from 0"
             )
         if not self.dataset_name:
             raise ValueError(f"dataset_name={self.dataset_name!r} names no data set")
-        for name, source in self.sources().items():
+        if isinstance(self.dataset_name, tuple) and len(set(self.dataset_name)) < len(self.dataset_name):
+            raise ValueError("dataset_name names a data set twice: give it a weight, {name: 2}")
+        if isinstance(self.eval_dataset, dict) and [source.weight for source in self.eval_dataset.values()] != [1]:
+            raise ValueError("eval_dataset is one data set, and a weight has no effect there: {name: {split: …}}")
+        for name, source in [*self.sources().items(), *(self.eval_sources() or {}).items()]:
             for field in SourceConfig.model_fields:
                 if getattr(source, field) is not None and not hasattr(self, field) and field != "weight":
                     kind = "chats and pairs" if field in ("adapter", "columns", "roles") else "documents"
@@ -94,17 +113,27 @@ class DatasetConfig(StrictModel):
 
     def sources(self) -> dict[str, SourceConfig]:
         """Every source by name, with nothing left to inherit."""
-        named = self.dataset_name if isinstance(self.dataset_name, dict) else {self.dataset_name: 1.0}
+        named = self.dataset_name
+        if not isinstance(named, dict):
+            named = dict.fromkeys(named if isinstance(named, tuple) else (named,), 1.0)
         found = {}
         for name, value in named.items():
             source = value if isinstance(value, SourceConfig) else SourceConfig(weight=value)
-            inherited = {
-                field: getattr(self, field)
-                for field in SourceConfig.model_fields
-                if getattr(source, field) is None and hasattr(self, field)
-            }
-            found[name] = source.model_copy(update=inherited)
+            found[name] = self._inherit(source, *SourceConfig.model_fields)
         return found
+
+    def eval_sources(self) -> dict[str, SourceConfig] | None:
+        """Sources of `eval_split` or `eval_dataset` by name, all of whose rows are held out; None where neither is given."""
+        if self.eval_split is not None:
+            return {name: source.model_copy(update={"split": self.eval_split}) for name, source in self.sources().items()}
+        if self.eval_dataset is None:
+            return None
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {self.eval_dataset: SourceConfig()}
+        return {name: self._inherit(source, *READING) for name, source in named.items()}
+
+    def _inherit(self, source: SourceConfig, *fields: str) -> SourceConfig:
+        left = {name: getattr(self, name) for name in fields if getattr(source, name) is None and hasattr(self, name)}
+        return source.model_copy(update=left)
 
 
 class LanguageModelingDatasetConfig(DatasetConfig):
@@ -137,7 +166,7 @@ class LanguageModelingDatasetConfig(DatasetConfig):
 class ChatDatasetConfig(DatasetConfig):
     """Rows that become chats: how their columns and roles are called."""
 
-    columns: dict[str, Name] | None = None
+    columns: dict[str, str] | None = None
     """Names of columns in the data, by the standard name that the layouts know: `columns: {messages: dialog}`. Each source of a
     mixture may have its own; every row must have the columns named here."""
     roles: dict[str, Role] | None = None

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel
+from modern_llm.config.memory import DatasetName
 from modern_llm.config.parallel import ParallelConfig
 from modern_llm.config.paths import FolderPath, Name
 
@@ -51,7 +52,7 @@ class TrainingConfig(StrictModel):
 
     run_name: str | None = Field(default=None, pattern=RUN_NAME, max_length=200)
     """Name of the run; the final checkpoint is `<output_dir>/<run_name>_final`. None: the stage's name."""
-    dataset_name: Name | None = None
+    dataset_name: DatasetName | None = None
     """The data set, where no data set config is given."""
     tokenizer_name: Name | None = None
     """Tokenizer: a folder or a hub id. None: the starting checkpoint's own; in pretraining, one trained on the run's text."""

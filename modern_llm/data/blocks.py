@@ -1,13 +1,13 @@
 """Documents as token ids, and their cutting into blocks without padding in which they keep their borders."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from modern_llm.config import UserError
-from modern_llm.config.data import LanguageModelingDatasetConfig
+from modern_llm.config.data import LanguageModelingDatasetConfig, SourceConfig
 from modern_llm.data.columns import Columns, RowError
 from modern_llm.data.prepared import Example, Part, fingerprint_of
 from modern_llm.data.readers import BadRows, Row
@@ -30,20 +30,22 @@ def document_text(row: Row, field: str, bad: BadRows) -> str | None:
         return None
 
 
-def document_texts(config: LanguageModelingDatasetConfig, split: str | None, most: int | None = None) -> Iterator[str]:
+def document_texts(
+    config: LanguageModelingDatasetConfig, sources: Mapping[str, SourceConfig], most: int | None = None
+) -> Iterator[str]:
     """The text of every row of every source.
 
     Args:
         config: the data set; what it streams is streamed here.
-        split: instead of the config's.
+        sources: its own, or those held out.
         most: rows of each source to read.
     """
     bad = BadRows(skip=config.on_bad_row == "skip")
-    for name, source in config.sources().items():
+    for name, source in sources.items():
         if config.streaming:
-            rows = stream_rows(name, source, "text", bad, split)
+            rows = stream_rows(name, source, "text", bad)
         else:
-            rows = open_source(name, source, "text", split).rows(bad)
+            rows = open_source(name, source, "text").rows(bad)
         for row in itertools.islice(rows, most):
             text = document_text(row, source.text_field or "text", bad)
             if text is not None:
@@ -51,10 +53,8 @@ def document_texts(config: LanguageModelingDatasetConfig, split: str | None, mos
 
 
 def held_out_keys(config: LanguageModelingDatasetConfig) -> frozenset[int]:
-    """Hashes of the documents of `eval_split`: none of them is trained on."""
-    if config.eval_split is None:
-        return frozenset()
-    return frozenset(prompt_hash(text) for text in document_texts(config, config.eval_split))
+    """Hashes of the documents of `eval_split` or `eval_dataset`: none of them is trained on."""
+    return frozenset(prompt_hash(text) for text in document_texts(config, config.eval_sources() or {}))
 
 
 class Documents(Protocol):

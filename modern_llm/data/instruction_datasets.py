@@ -64,11 +64,12 @@ def _examples(store: Store, used: np.ndarray, config: InstructionDatasetConfig) 
 def held_out_rows(config: InstructionDatasetConfig, encoder: ChatEncoder) -> list[dict[str, Any]]:
     """The rows of the evaluation part as they are, for data sets whose answers can be judged."""
     found = []
-    for name, source in config.sources().items():
+    eval_sources = config.eval_sources()
+    for name, source in (eval_sources or config.sources()).items():
         bad = BadRows(skip=config.on_bad_row == "skip")
-        opened = open_source(name, source, "instructions", config.eval_split)
+        opened = open_source(name, source, "instructions")
         for found_chat in chats_of(opened, config.for_source(source), encoder, bad, {"rows_read": 0}):
-            if config.eval_split is not None or is_held_out(chat_key(found_chat.chat), config):
+            if eval_sources is not None or is_held_out(chat_key(found_chat.chat), config):
                 found.append(found_chat.row.values)
     return found
 

@@ -34,7 +34,7 @@ CHARACTERS_AT_ONCE = 1_000_000
 def training_texts(config: LanguageModelingDatasetConfig) -> Iterator[str]:
     """The documents of the training part, for training a tokenizer; of a stream, those of the first window."""
     held_out = held_out_keys(config)
-    for text in document_texts(config, None, config.window if config.streaming else None):
+    for text in document_texts(config, config.sources(), config.window if config.streaming else None):
         key = prompt_hash(text)
         if key not in held_out and not is_held_out(key, config):
             yield text

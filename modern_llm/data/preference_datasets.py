@@ -82,11 +82,12 @@ def sharing_prompt(chosen: Segment, rejected: Segment) -> tuple[Segment, Segment
 def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> list[Pair]:
     """The pairs of the evaluation part that pass the checks, as messages."""
     found = []
-    for name, source in config.sources().items():
+    eval_sources = config.eval_sources()
+    for name, source in (eval_sources or config.sources()).items():
         bad = BadRows(skip=config.on_bad_row == "skip")
-        opened = open_source(name, source, "preferences", config.eval_split)
+        opened = open_source(name, source, "preferences")
         for found_pair in pairs_of(opened, config.for_source(source), encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
-            if config.eval_split is not None or is_held_out(pair_key(found_pair.pair), config):
+            if eval_sources is not None or is_held_out(pair_key(found_pair.pair), config):
                 found.append(found_pair.pair)
     return found
 

@@ -1,6 +1,7 @@
 """What every kind of data set becomes: examples ready to be packed into rows, and a report of what happened to the data."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -281,51 +282,50 @@ def prepare_sources(
     Raises:
         UserError: a source is not there, or a row cannot be read.
     """
-    stores = []
-    for name, source in config.sources().items():
 
-        def store_of(split: str | None, name: str = name, source: SourceConfig = source) -> Store:
-            opened = open_source(name, source, kind, split)
-            whole_key = {
-                **key,
-                "kind": kind,
-                "source": opened.fingerprint(),
-                **source.model_dump(include={"text_field", "adapter", "columns", "roles"}),
-                "code": preparation_version(),
-                "on_bad_row": config.on_bad_row,
-            }
+    def store_of(name: str, source: SourceConfig, prefix: str = "") -> Store:
+        opened = open_source(name, source, kind)
+        whole_key = {
+            **key,
+            "kind": kind,
+            "source": opened.fingerprint(),
+            **source.model_dump(include={"text_field", "adapter", "columns", "roles"}),
+            "code": preparation_version(),
+            "on_bad_row": config.on_bad_row,
+        }
 
-            def fill(folder: Path) -> None:
-                counts: Report = {"rows_read": 0}
-                bad = BadRows(skip=config.on_bad_row == "skip")
-                writer = StoreWriter(folder, vocab_size, all_scored)
-                build(source, opened, writer, bad, counts)
-                if bad.count:
-                    counts["bad_rows_skipped"] = bad.count
-                if not counts["rows_read"]:
-                    raise UserError(f"dataset_name={name!r}: split {split or source.split!r} has no rows")
-                writer.close(counts)
+        def fill(folder: Path) -> None:
+            counts: Report = {"rows_read": 0}
+            bad = BadRows(skip=config.on_bad_row == "skip")
+            writer = StoreWriter(folder, vocab_size, all_scored)
+            build(source, opened, writer, bad, counts)
+            if bad.count:
+                counts["bad_rows_skipped"] = bad.count
+            if not counts["rows_read"]:
+                raise UserError(f"dataset_name={name!r}: split {source.split or 'train'!r} has no rows")
+            writer.close(counts)
 
-            distributed.on_main(stored)(whole_key, fill)
-            return distributed.together(stored)(whole_key, fill)  # built anew where the ranks do not share a file system
+        distributed.on_main(stored)(whole_key, fill)
+        store = distributed.together(stored)(whole_key, fill)  # built anew where the ranks do not share a file system
+        for counts in (store.report, opened.left_out):  # files that are not read are no part of the key
+            add_counts(report, {prefix + count: value for count, value in counts.items()})
+        return store
 
-        train = store_of(None)
-        add_counts(report, train.report)
-        evaluation = train
-        if config.eval_split is not None:
-            evaluation = store_of(config.eval_split)
-            add_counts(report, {f"eval_{count}": value for count, value in evaluation.report.items()})
-        stores.append((source.weight, train, evaluation))
+    train = [(source.weight, store_of(name, source)) for name, source in config.sources().items()]
+    eval_sources = config.eval_sources()
     found = []
-    held_out = np.concatenate([evaluation.keys for _, _, evaluation in stores])  # also what another source holds out
-    for weight, train, evaluation in stores:
-        if config.eval_split is None:
-            out = are_held_out(train.keys, config)
-            found.append(PreparedSource(weight, train, np.flatnonzero(~out), train, np.flatnonzero(out)))
-        else:
-            used = np.flatnonzero(~np.isin(train.keys, held_out))
-            add_counts(report, {"dropped_because_held_out_too": len(train) - len(used)})
-            found.append(PreparedSource(weight, train, used, evaluation, np.arange(len(evaluation))))
+    if eval_sources is None:
+        for weight, store in train:
+            out = are_held_out(store.keys, config)
+            found.append(PreparedSource(weight, store, np.flatnonzero(~out), store, np.flatnonzero(out)))
+        return found
+    evaluation = [store_of(name, source, "eval_") for name, source in eval_sources.items()]
+    held_out = np.concatenate([store.keys for store in evaluation])  # also what another source holds out
+    for (weight, store), other in itertools.zip_longest(train, evaluation):  # `eval_dataset` is one, beside the first source
+        used = np.flatnonzero(~np.isin(store.keys, held_out))
+        add_counts(report, {"dropped_because_held_out_too": len(store) - len(used)})
+        evaluated, number = (store, 0) if other is None else (other, len(other))
+        found.append(PreparedSource(weight, store, used, evaluated, np.arange(number)))
     return found
 
 

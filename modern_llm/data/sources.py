@@ -1,14 +1,12 @@
 """Where rows come from: local files, the hub, the built-in world. A source can be read again and knows its content's hash."""
 
 import functools
-import glob
 import hashlib
 import io
 import itertools
 import json
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,22 +15,20 @@ import numpy as np
 from modern_llm.checkpoint import sha256_of_file
 from modern_llm.config import UserError
 from modern_llm.config.data import DatasetConfig, SourceConfig
-from modern_llm.data.readers import COMPRESSIONS, FORMATS, BadRows, Row, file_format, last_line, read_file
+from modern_llm.config.memory import MEMORY, memory_rows
+from modern_llm.data.local_files import FORMATS, file_format, is_glob, split_files
+from modern_llm.data.readers import BadRows, Row, last_line, read_file
 from modern_llm.data.village import VILLAGE_NAME, village_rows
 from modern_llm.hub import hub
 
 Kind = Literal["text", "instructions", "preferences"]
 
-# how files of a folder call the splits that the hub calls train, test and validation
-_SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation"),
-    "validation": ("validation", "valid", "val", "dev"),
-}
-
 
 class Source(Protocol):
     """One split of one data set."""
+
+    left_out: Mapping[str, int] = {}
+    """Counts for the report: files that were there and are not read."""
 
     def fingerprint(self) -> str:
         """sha256 of the content; the same rows under another name or date have the same."""
@@ -43,46 +39,54 @@ class Source(Protocol):
         ...
 
 
-def open_source(name: str, config: SourceConfig, kind: Kind, split: str | None = None) -> Source:
+def open_source(name: str, config: SourceConfig, kind: Kind) -> Source:
     """The source of a name.
 
     Args:
-        name: file, folder, glob, hub id, or `builtin:village`.
+        name: file, folder, glob, hub id, `builtin:village`, or that of data in memory.
         config: with nothing left to inherit.
         kind: what the rows are for.
-        split: instead of the config's.
 
     Raises:
         UserError: no such file, data set or split.
     """
-    split = split or config.split or "train"
+    split = config.split or "train"
     if name == VILLAGE_NAME:
         source: Source = _Village(kind, split)
     elif name.startswith("builtin:"):
         raise UserError(f"dataset_name={name!r}: the only built-in data set is {VILLAGE_NAME!r}")
-    elif _looks_local(name):
+    elif _is_local(name):
         source = _local(name, config, split)
     else:
         source = _Table(_hub_table(name, config, split), f"{name}[{split}]")
+    whole = source.source if isinstance(source, _Part) else source
+    if config.delimiter is not None and not (isinstance(whole, _Files) and file_format(whole.files[0]) in (".csv", ".tsv")):
+        raise UserError(
+            f"delimiter={config.delimiter!r} is for .csv and .tsv files, not for {name}: set it on the sources it is for"
+        )
     return source if config.max_rows is None else _Part(source, 0, config.max_rows)
 
 
-def _looks_local(name: str) -> bool:
+def left_out_files(name: str, config: SourceConfig, kind: Kind) -> Mapping[str, int]:
+    """Counts for the report of a source that is streamed: files that are there and not read."""
+    return open_source(name, config, kind).left_out if _is_local(name) else {}
+
+
+def _is_local(name: str) -> bool:
     path = Path(name)
-    return path.exists() or _is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~"))
-
-
-def _is_glob(name: str) -> bool:
-    return bool(set("*?[") & set(name))
+    return path.exists() or is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~", MEMORY))
 
 
 def _local(name: str, config: SourceConfig, split: str) -> Source:
     path = Path(name).expanduser()
     base, slices = _split_and_slices(split)
-    if path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-        source: Source = _saved_table(path, base)
+    if name.startswith(MEMORY):
+        rows, digest = memory_rows(name, base)
+        source: Source = _Table(rows, f"{name}[{base}]", digest)
+    elif path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        source = _saved_table(path, base)
     else:
-        source = _Files(_files_of(path, name, base), config.text_field or "text", config.document_separator)
+        source = _Files(*split_files(path, name, base), config, base if path.is_file() else "train")
     if slices is None:
         return source
     total = sum(1 for _ in source.rows(BadRows(skip=True)))
@@ -108,66 +112,28 @@ def _slice_bounds(split: str, base: str, total: int) -> tuple[int, int]:
     return parts[0].from_, parts[0].to
 
 
-def _files_of(path: Path, name: str, split: str) -> list[Path]:
-    """The files of a split, in the order of their names.
-
-    Raises:
-        UserError: none, of several formats, or of no such split.
-    """
-    if path.is_file():
-        if split != "train":
-            raise UserError(
-                f"split={split!r}: {path} is one file and has the one split 'train'; use eval_fraction to hold rows out"
-            )
-        return [path]
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if not any(p.startswith(".") for p in file.relative_to(path).parts)]
-    elif _is_glob(name):
-        found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
-    else:
-        raise UserError(f"dataset_name={str(path)!r}: no such file")
-    files = [file for file in found if file.is_file() and file_format(file) in FORMATS]
-    if not files:
-        endings = ", ".join(FORMATS)
-        raise UserError(
-            f"dataset_name={name!r}: no file there ends in {endings} (or one of them with {' or '.join(COMPRESSIONS)})"
-        )
-    named = {file: str(file.relative_to(path)) if path.is_dir() else file.name for file in files}
-    by_split = {known: [file for file in files if _names_split(named[file], words)] for known, words in _SPLIT_WORDS.items()}
-    if any(by_split.values()):
-        wanted = next((known for known, words in _SPLIT_WORDS.items() if split in (known, *words)), split)
-        if not by_split.get(wanted):
-            raise UserError(f"split={split!r}: {name} has {sorted(known for known, its in by_split.items() if its)}")
-        files = by_split[wanted]
-    elif split != "train":
-        raise UserError(f"split={split!r}: no file name in {name} says a split, so it has the one split 'train'")
-    formats = sorted({file_format(file) for file in files})
-    if len(formats) > 1:
-        raise UserError(
-            f"dataset_name={name!r}: files of several formats ({', '.join(formats)}): give a glob, such as '*{formats[0]}'"
-        )
-    return files
-
-
-def _names_split(name: str, words: tuple[str, ...]) -> bool:
-    return any(part in words for part in re.split(r"[^a-z]+", name.lower()))
-
-
-class _Files:
+class _Files(Source):
     """Rows of local files, one file after the other."""
 
-    def __init__(self, files: list[Path], text_field: str, document_separator: str | None) -> None:
-        self.files, self.text_field, self.separator = files, text_field, document_separator
+    def __init__(self, files: list[Path], left_out: Mapping[str, int], config: SourceConfig, split: str) -> None:
+        """
+        Args:
+            files: of one format.
+            left_out: see `Source`.
+            config: how to read them.
+            split: inside of each file.
+        """
+        self.files, self.left_out, self.config, self.split = files, left_out, config, split
 
     def fingerprint(self) -> str:
         try:
             hashes = [(file_format(file), _hash_of(file, *_version_of(file))) for file in self.files]
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
-        return _digest(hashes, self.text_field, self.separator)
+        return _digest(hashes, self.config.text_field, self.config.document_separator, self.config.delimiter, self.split)
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
-        return itertools.chain.from_iterable(read_file(file, bad, self.text_field, self.separator) for file in self.files)
+        return itertools.chain.from_iterable(read_file(file, bad, self.config, self.split) for file in self.files)
 
 
 def _version_of(file: Path) -> tuple[int, int, int]:
@@ -181,7 +147,7 @@ def _hash_of(file: Path, size: int, changed: int, number: int) -> str:
     return sha256_of_file(file)
 
 
-class _Village:
+class _Village(Source):
     """The built-in world."""
 
     def __init__(self, kind: Kind, split: str) -> None:
@@ -202,13 +168,15 @@ class _Village:
         return (Row(values, f"{VILLAGE_NAME}[{self.split}] row {i}") for i, values in enumerate(self.found))
 
 
-class _Table:
-    """An Arrow table of `datasets`: memory-mapped, from the hub or from a saved folder."""
+class _Table(Source):
+    """An Arrow table of `datasets`: memory-mapped, from the hub or from a saved folder; or rows in memory."""
 
-    def __init__(self, table: Any, name: str) -> None:
-        self.table, self.name = table, name
+    def __init__(self, table: Any, name: str, known_digest: str | None = None) -> None:
+        self.table, self.name, self.known_digest = table, name, known_digest
 
     def fingerprint(self) -> str:
+        if self.known_digest is not None:
+            return self.known_digest
         import pyarrow
 
         digest = hashlib.sha256()
@@ -219,7 +187,7 @@ class _Table:
         return digest.hexdigest()
 
     def rows(self, bad: BadRows) -> Iterator[Row]:
-        return (Row(values, f"{self.name} row {i}") for i, values in enumerate(self.table))
+        return bad.watch(Row(values, f"{self.name} row {i}") for i, values in enumerate(self.table))
 
 
 class _Hashing(io.RawIOBase):
@@ -236,11 +204,12 @@ class _Hashing(io.RawIOBase):
         return len(data)
 
 
-class _Part:
+class _Part(Source):
     """Some rows of a source."""
 
     def __init__(self, source: Source, first: int, behind: int) -> None:
         self.source, self.first, self.behind = source, first, behind
+        self.left_out = source.left_out
 
     def fingerprint(self) -> str:
         return _digest(self.source.fingerprint(), self.first, self.behind)
@@ -282,16 +251,18 @@ def _hub_table(name: str, config: SourceConfig, split: str, streaming: bool = Fa
         ) from None
 
 
-def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows, split: str | None = None) -> Iterator[Row]:
+def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows) -> Iterator[Row]:
     """The rows of a source, without ever storing or hashing it; hub data sets are streamed.
 
     Raises:
         UserError: as `open_source`, or the hub stops answering on the way.
     """
-    split = split or config.split or "train"
-    if name.startswith("builtin:") or _looks_local(name):
-        yield from open_source(name, config, kind, split).rows(bad)
-        return
+    if name.startswith("builtin:") or _is_local(name):
+        return open_source(name, config, kind).rows(bad)
+    return bad.watch(_streamed_rows(name, config, config.split or "train"))
+
+
+def _streamed_rows(name: str, config: SourceConfig, split: str) -> Iterator[Row]:
     table = iter(_hub_table(name, config, split, streaming=True))
     for number in itertools.count() if config.max_rows is None else range(config.max_rows):
         try:

@@ -18,7 +18,7 @@ from modern_llm.config.data import LanguageModelingDatasetConfig
 from modern_llm.data.blocks import Blocks, document_ids, document_text, document_texts, held_out_keys
 from modern_llm.data.prepared import Example, InMemory, Mixture, PreparedData, fingerprint_of
 from modern_llm.data.readers import BadRows, Row
-from modern_llm.data.sources import is_held_out, preparation_version, prompt_hash, stream_rows
+from modern_llm.data.sources import is_held_out, left_out_files, preparation_version, prompt_hash, stream_rows
 from modern_llm.data.tokenizer import TextEncoder, tokenizer_fingerprint
 from modern_llm.layout import Segment
 
@@ -119,21 +119,22 @@ class DocumentStream:
     def fingerprint(self) -> str:
         """What decides the stream; its first window stands for the rows."""
         _, texts, _ = next(self._texts(0))
-        settings = self.config.model_dump_json(exclude={"eval_split"})
+        settings = self.config.model_dump_json(exclude={"eval_split", "eval_dataset"})
         ends = str((self.max_length, self.seed, self.encoder.document_start, self.encoder.document_end))
         return fingerprint_of(settings, ends, tokenizer_fingerprint(self.encoder.tokenizer), preparation_version(), *texts)
 
 
 def prepare_stream(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int, seed: int) -> PreparedData:
-    """A stream to train on; what is held out of its first window (or the first window of `eval_split`), to evaluate on."""
-    return PreparedData(
-        DocumentStream(config, encoder, max_length, seed), _held_out(config, encoder, max_length), {"streaming": 1}
-    )
+    """A stream to train on; what is held out of its first window (or the first window of what is held out), to evaluate on."""
+    stream = DocumentStream(config, encoder, max_length, seed)
+    report = {"streaming": 1, **left_out_files(stream.name, stream.source, "text")}
+    return PreparedData(stream, _held_out(config, encoder, max_length), report)
 
 
 def _held_out(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int) -> Mixture:
-    if config.eval_split is None and not config.eval_fraction:
+    eval_sources = config.eval_sources()
+    if eval_sources is None and not config.eval_fraction:
         return Mixture((InMemory([]),), (1.0,))
-    texts = document_texts(config, config.eval_split, config.window)
-    kept = (t for t in texts if config.eval_split is not None or is_held_out(prompt_hash(t), config))
+    texts = document_texts(config, eval_sources or config.sources(), config.window)
+    kept = (t for t in texts if eval_sources is not None or is_held_out(prompt_hash(t), config))
     return Mixture((_Documents(encoder, kept).blocks(max_length),), (1.0,))

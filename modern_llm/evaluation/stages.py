@@ -42,7 +42,7 @@ def held_out(config: PipelineConfig, checkpoint: Path) -> HeldOut:
         max_length = config.pretrain.data.max_length or config.pretrain.model.max_seq_len
         every = held_out_blocks(config.pretrain.data, encoder.encoder, max_length)
         blocks = [every[i] for i in range(min(len(every), limits.max_blocks))]
-    if config.sft is not None and config.sft.data.dataset_name == VILLAGE_NAME:
+    if config.sft is not None and {*config.sft.data.sources(), *(config.sft.data.eval_sources() or {})} == {VILLAGE_NAME}:
         questions = held_out_rows(config.sft.data, encoder)[: limits.max_questions]
     if config.dpo is not None:
         pairs = held_out_pairs(config.dpo.data, encoder)[: limits.max_pairs]

@@ -87,7 +87,7 @@ def compare_losses(
         start: checkpoint that every run starts from.
         train_config: how to train; `output_dir` holds a folder for each run, and `compare.json`, `compare.md`, `compare.png`.
         dpo_config: options of all losses.
-        preference_config: the pairs; some must be held out (`eval_fraction` or `eval_split`).
+        preference_config: the pairs; some must be held out (`eval_fraction`, `eval_split` or `eval_dataset`).
         tokenizer_name: None: the start's own.
         losses: see `parse_losses`.
         seeds: one run of each loss for each.

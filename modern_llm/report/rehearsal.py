@@ -110,7 +110,7 @@ def arguments_for_rehearsal(
         name: source.model_copy(update={"max_rows": min(rows, source.max_rows or rows)})
         for name, source in data.sources().items()
     }
-    nothing_held_out = {"eval_split": None, "eval_fraction": 0.0, "eval_fold": 0}
+    nothing_held_out = {"eval_split": None, "eval_dataset": None, "eval_fraction": 0.0, "eval_fold": 0}
     sample = data.model_copy(update={"dataset_name": sources, "max_rows": None, **nothing_held_out})
     field = "preference_config" if isinstance(arguments, DPOArguments) else "dataset_config"
     changed = arguments.model_copy(update={"train_config": train.model_copy(update=short), field: sample})

@@ -191,8 +191,8 @@ def _report_table(stage: str, report: dict) -> Table:
     table = Table("", Column(overflow="fold"), title=stage, title_justify="left", show_header=False)
     for name, value in report.items():
         if value:
+            label = Text(name if "[" in name else name.replace("_", " "))  # a file's name stays as it is, and is no markup
             table.add_row(
-                name.replace("_", " "),
-                escape(value) if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.1%}",
+                label, escape(value) if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
             )
     return table

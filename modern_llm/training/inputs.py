@@ -25,7 +25,7 @@ from modern_llm.secrets import record_without_secrets
 
 KINDS: dict[Stage, Kind] = {"pretrain": "text", "sft": "instructions", "dpo": "preferences"}
 MODULES: dict[Stage, str] = {"pretrain": "training.train_lm", "sft": "training.train_sft", "dpo": "training.train_dpo"}
-BY_CONTENT = ("dataset_name", "tokenizer_name", "reference_checkpoint")
+BY_CONTENT = ("dataset_name", "eval_dataset", "tokenizer_name", "reference_checkpoint")
 """Fields that name something whose content is compared."""
 PACKAGE = Path(__file__).parents[1]
 
@@ -89,14 +89,12 @@ def deciding(section: StrictModel) -> dict[str, Any]:
 def content_of(data: DatasetConfig, kind: Kind) -> list[dict[str, Any]]:
     """Each source's rows by their hash, and what of the mixture is not in the config's other fields."""
     found = []
-    for name, source in data.sources().items():
-        if isinstance(data, LanguageModelingDatasetConfig) and data.streaming:
-            rows: dict[str, Any] = {"stream": name}  # too large to be hashed; its name has to do
-        else:
-            rows = {"rows": open_source(name, source, kind).fingerprint()}
-            if data.eval_split is not None:
-                rows["eval_rows"] = open_source(name, source, kind, data.eval_split).fingerprint()
-        found.append({**rows, **plain(source)})
+    streaming = isinstance(data, LanguageModelingDatasetConfig) and data.streaming
+    for prefix, sources in (("", data.sources()), ("eval_", data.eval_sources() or {})):
+        for name, source in sources.items():
+            # a stream is too large to be hashed; its name has to do
+            rows = name if streaming else open_source(name, source, kind).fingerprint()
+            found.append({prefix + ("stream" if streaming else "rows"): rows, **plain(source)})
     return found
 
 

@@ -123,6 +123,7 @@ _IRRELEVANT = (
     "config.train.dataset_name",
     "config.train.tokenizer_name",
     "config.data.dataset_name",
+    "config.data.eval_dataset",
     "config.dpo.reference_checkpoint",
     "tokenizer_name",
     "parent.checkpoint",

@@ -187,6 +187,8 @@ def test_true_is_not_a_number(field) -> None:
     [
         ({"a.jsonl": 0.5, "b.jsonl": -1}, "dataset_name.b.jsonl: Input should be greater than 0 (got -1)"),
         ({"a.jsonl": {"wight": 2}}, "dataset_name.a.jsonl: unknown field 'wight' in SourceConfig; did you mean 'weight'?"),
+        (["a.jsonl", "b.jsonl", "a.jsonl"], "dataset_name names a data set twice: give it a weight, {name: 2}"),
+        ([{"text": "a"}, 3], "dataset_name: row 1 must be a dict, not int"),
         ({"a.jsonl": {"weight": 0}}, "dataset_name.a.jsonl.weight: Input should be greater than 0 (got 0)"),
     ],
 )

@@ -210,6 +210,15 @@ def test_what_any_source_has_in_its_eval_split_is_trained_on_in_none(tmp_path, e
     assert data.report["rows_read"] == 20
 
 
+def test_a_list_of_names_is_a_mixture_in_which_each_weighs_one(tmp_path, encoder) -> None:
+    names = [str(write_prompts(tmp_path / f"{name}.jsonl", "instructions", range(n))) for name, n in (("a", 3), ("b", 5))]
+    config = InstructionDatasetConfig(dataset_name=names)
+    assert InstructionDatasetConfig.model_validate_json(config.model_dump_json()) == config
+    data = prepare_instructions(config, encoder)
+    assert data.fingerprint() == prepare("instructions", dict.fromkeys(names, 1.0), encoder).fingerprint()
+    assert len(data.train) == 8
+
+
 def test_the_report_adds_up_over_all_sources(tmp_path, encoder) -> None:
     first = write_prompts(tmp_path / "a.jsonl", "instructions", range(4))
     second = write_jsonl(

@@ -153,6 +153,23 @@ def test_a_folder_with_one_saved_split_is_that_split_and_no_other(tmp_path) -> N
     assert "split='test'" in refusal(lambda: load(tmp_path / "one", "test"))
 
 
+def test_a_json_file_of_one_object_gives_a_split_for_each_key(tmp_path) -> None:
+    path = write(tmp_path / "a.json", json.dumps({"train": ROWS[:2], "test": ROWS[2:], "version": 1}, indent=2))
+    assert load(path).rows == ROWS[:2]
+    assert load(path, "test[:1]").rows == load(path, "eval").rows == ROWS[2:]
+    assert load(path, "test").places == [f"{path}, row 0"]
+    assert "has ['train', 'test']" in refusal(lambda: load(path, "dev"))
+    fingerprints = []
+    for split in ("train", "test"):
+        config = LanguageModelingDatasetConfig(dataset_name=str(path), split=split)
+        fingerprints.append(open_source(str(path), config.sources()[str(path)], "text").fingerprint())
+    assert fingerprints[0] != fingerprints[1]
+    for name, content in {"b.json": _json(ROWS), "c.json": _jsonl(ROWS), "d.json": json.dumps({"data": ROWS}).encode()}.items():
+        other = write(tmp_path / name, content)
+        assert load(other).rows == ROWS
+        assert f"split='test': {other} has ['train']" in refusal(lambda path=other: load(path, "test"))
+
+
 def test_max_rows_takes_the_first(tmp_path) -> None:
     path = write(tmp_path / "a.jsonl", _jsonl(ROWS))
     assert load(path, max_rows=2).rows == ROWS[:2]
@@ -179,25 +196,87 @@ def test_a_folder_is_read_with_all_below_it_and_without_what_is_hidden(tmp_path)
 
 
 SPLITS = {
-    "file names": ["train-00001.jsonl", "train-00000.jsonl", "my_test.jsonl", "a/validation.jsonl", "extra.jsonl"],
+    "file names": ["train-00001.jsonl", "train-00000.jsonl", "my_test.jsonl", "a/validation.jsonl"],
     "folder names": ["train/b.jsonl", "train/a.jsonl", "test/a.jsonl", "dev/a.jsonl"],
+    "shards": [f"data/{split}-00000-of-00001.jsonl" for split in ("train", "train.2", "test", "validation")],
+    "capitals": ["Train.jsonl", "TRAIN 2.jsonl", "Test.jsonl", "Dev.jsonl"],
 }
 
 
 @pytest.mark.parametrize("names", SPLITS.values(), ids=SPLITS)
 def test_names_in_a_folder_select_the_split(tmp_path, names) -> None:
+    names = [names[0], *names[2:]] if "train.2" in names[1] else names
     files(tmp_path, *names)
-    assert texts(tmp_path) == sorted(name for name in names if "train" in name)
-    assert texts(tmp_path, "test") == [names[2]]
-    assert texts(tmp_path, "dev") == texts(tmp_path, "validation") == [names[3]]
+    assert texts(tmp_path) == sorted(name for name in names if "train" in name.lower())
+    assert texts(tmp_path, "test") == [names[-2]]
+    assert texts(tmp_path, "dev") == texts(tmp_path, "validation") == [names[-1]]
     assert "has ['test', 'train', 'validation']" in refusal(lambda: load(tmp_path, "dpo"))
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "read", "left_out"),
+    [
+        (["poems.jsonl", "train-timetables.jsonl"], "train", [1], {"left_out[poems.jsonl]": 1}),
+        (["trainers.jsonl", "contest.jsonl", "testimony/a.jsonl"], "train", [1, 2, 0], {}),  # words inside of others
+        (["train/a.jsonl", "test-of-time.jsonl"], "train", [0], {"left_out[test-of-time.jsonl]": 1}),
+        (["train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl", "train_gen-00000-of-00001.jsonl"],
+         "train_sft", [0, 1], {"files_of_other_splits": 1}),
+        (["data/part-00000-of-00001.jsonl", "data/more.jsonl"], "part", [0], {"left_out[data/more.jsonl]": 1}),
+        (["train-00000-of-00001.jsonl", "dev.jsonl", "b/train-dev.jsonl"], "train", [2, 0], {"files_of_other_splits": 1}),
+        (["part-00000-of-00002.jsonl", "part-00001-of-00002.jsonl"], "train", [0, 1], {}),
+        (["a.jsonl", "b.jsonl.bz2", "README.md", "LICENSE", "dataset_info.json"], "train", [0], {"left_out[b.jsonl.bz2]": 1}),
+        (["train.jsonl", *(f"{n}.jsonl" for n in range(7))], "train", [0],
+         {**{f"left_out[{n}.jsonl]": 1 for n in range(5)}, "left_out[more files]": 2}),
+    ],
+)  # fmt: skip
+def test_files_that_are_not_read_are_named(tmp_path, encoder, names, split, read, left_out) -> None:
+    files(tmp_path, *names)
+    assert texts(tmp_path, split) == [names[i] for i in read]
+    config = LanguageModelingDatasetConfig(dataset_name=str(tmp_path), split=split)
+    for _ in range(2):  # made anew, and out of the cache
+        report = prepare_documents(config, encoder.encoder, 256, 0).report
+        assert {name: count for name, count in report.items() if name.startswith(("left_out", "files_"))} == left_out
+
+
+LAYOUTS = [
+    ["data/train_sft-00000-of-00001.jsonl", "data/test_gen-00000-of-00001.jsonl", "train.jsonl"],
+    ["data/part-00000-of-00001.jsonl", "data/a.jsonl"],
+    ["part-00000-of-00001.jsonl", "a.jsonl"],
+    ["train/a.jsonl", "my test/a.jsonl", "x/dev-1/a.jsonl", "contest/a.jsonl", "eval.jsonl"],
+    ["training.jsonl", "my_eval.v2.jsonl", "val2.jsonl", "trainers.jsonl", "contest.jsonl"],
+    ["latest/a.jsonl", "traindata.jsonl", "mytest.jsonl"],
+]
+
+
+@pytest.mark.parametrize("names", LAYOUTS, ids=lambda names: names[0])
+def test_files_have_the_splits_that_datasets_gives_them(tmp_path, names) -> None:
+    files(tmp_path, *names)
+    patterns = datasets.data_files.get_data_patterns(str(tmp_path))
+    for split, found in datasets.data_files.DataFilesDict.from_local_or_remote(patterns, base_path=str(tmp_path)).items():
+        assert texts(tmp_path, str(split)) == sorted({str(Path(file).relative_to(tmp_path)) for file in found})
+
+
+def test_files_of_no_split_are_named_where_the_split_is_absent(tmp_path) -> None:
+    files(tmp_path, "poems.jsonl", "test-flights.jsonl")
+    assert "has ['test'] by the names of its files (in none: poems.jsonl)" in refusal(lambda: load(tmp_path))
+
+
+def test_empty_files_of_a_folder_are_named(tmp_path) -> None:
+    files(tmp_path, "a.jsonl")
+    write(tmp_path / "b.jsonl", "")
+    config = LanguageModelingDatasetConfig(dataset_name=str(tmp_path))
+    assert dict(open_source(str(tmp_path), config.sources()[str(tmp_path)], "text").left_out) == {"left_out[b.jsonl]": 1}
+    write(tmp_path / "a.jsonl", "")
+    assert "are empty (0 bytes): a.jsonl, b.jsonl" in refusal(lambda: load(tmp_path))
+    (tmp_path / "c").mkdir()
+    assert "nothing is there: no file there ends in" in refusal(lambda: load(tmp_path / "c"))
 
 
 def test_the_name_of_the_folder_itself_says_nothing(tmp_path) -> None:
     files(tmp_path / "test", "a.jsonl", "b.jsonl")
     assert texts(tmp_path / "test") == ["a.jsonl", "b.jsonl"]
     assert texts(f"{tmp_path}/test/*.jsonl") == ["a.jsonl", "b.jsonl"]
-    assert "no file name" in refusal(lambda: load(tmp_path / "test", "test"))
+    assert "has ['train'] by the names of its files" in refusal(lambda: load(tmp_path / "test", "test"))
 
 
 def test_a_pattern_selects_files_in_the_order_of_their_names(tmp_path) -> None:
@@ -346,17 +425,32 @@ GZ = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(60)), m
         ("a.json", '{"text": "a"}\n{"text":\n', ["line 2", "not JSON"]),
         ("a.json", '[{"text": "a"},\n', ["not JSON", "line 2"]),
         ("a.json", "", ["no rows"]),
+        ("a.json", "null", ["must hold a list of objects, not NoneType"]),
         ("a.json", "[]", ["no rows"]),
         ("a.txt", "", ["no rows"]),
-        ("a.txt", b"\xff\xfe\x00", ["line 1", "not UTF-8"]),
+        ("a.txt", b"\xff\xfe\x00", ["not utf-16-le", "save it as UTF-8"]),
         ("a.csv", "", ["a.csv"]),
         ("a.csv", "text\n", ["a.csv"]),
         ("a.csv", "text,b\na,b\na,b,c\n", ["line 3", "3 cells under the 2 columns"]),
         ("a.csv", b"text,b\na,b\na,\xff\n", ["line 3", "not UTF-8"]),
         ("a.parquet", "PAR1", ["cannot be read as .parquet"]),
-        ("a.xml", "<a/>", ["must end in .jsonl, .json, .csv, .parquet, .txt"]),
+        ("a.xml", "<a/>", ["must end in .jsonl, .json, .csv, .tsv, .parquet, .txt"]),
         ("a.jsonl.gz", '{"text": "a"}', ["cannot be read", "Not a gzipped file"]),
         ("a.jsonl.gz", GZ[:-20], ["cannot be read"]),
+        ("a.jsonl", b"PAR1\0\0", ["a parquet file", "rename it to end in .parquet"]),
+        ("a.jsonl", GZ, ["compressed with gzip", "add .gz to its name"]),
+        ("a.jsonl.zst", GZ, ["compressed with gzip"]),
+        ("a.csv", b"PK\x03\x04", ["zip archive or a spreadsheet", "save it as .csv"]),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer", "git lfs pull"]),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer", "git lfs pull"]),
+        ("a.parquet", b"", ["empty (0 bytes)"]),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), ["UTF-16 without a byte order mark", "save it as UTF-8"]),
+        ("a.csv", "text;b\n1,2\n", ["line 2", "1 cells under the 2 columns of the first line, separated by ';'"]),
+        ("a.csv", "\ntext,b;c\na\n", ["line 2", "',' or ';' may separate the cells", "set delimiter"]),
+        ("a.csv", "text,text\na,b\n", ["line 1", "two columns have one name: text, text"]),
+        ("a.json", '{"a": [{"text": "a"}], "b": [{"text": "b"}]}', ["rows under 'a', 'b'"]),
+        ("a.json", '{"test": [{"text": "a"}]}', ["split='train'", "has ['test']"]),
+        ("a.json", '{\n"text": "a"\n}\n{\n"text": "b"\n}\n', ["line 4", "more than one JSON value", "each on one line"]),
     ],
     ids=lambda value: None if isinstance(value, list) else repr(value)[:30],
 )

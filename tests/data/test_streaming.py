@@ -194,3 +194,10 @@ def test_a_stream_does_not_go_on_with_another_number_of_ranks(config, tmp_path, 
     seal(manifest, {**{k: v for k, v in content.items() if k != "manifest_sha256"}, "ranks": 2})
     with pytest.raises(UserError, match=r"ranks: 2 there, 1 now"):
         run_training(shape, settings, config)
+
+
+def test_files_that_a_stream_leaves_out_are_named(tmp_path, encoder) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "Anna bakes."}])
+    write_jsonl(tmp_path / "poems.jsonl", [{"text": "Rain."}])
+    config = LanguageModelingDatasetConfig(dataset_name=str(tmp_path), streaming=True)
+    assert prepare_stream(config, encoder.encoder, 8, 0).report == {"streaming": 1, "left_out[poems.jsonl]": 1}

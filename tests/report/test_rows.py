@@ -101,3 +101,12 @@ def test_the_place_of_a_row_is_in_the_table_of_counts(tmp_path, start, capsys) -
 def test_a_stage_that_the_file_has_not_is_named(tmp_path, start) -> None:
     with pytest.raises(UserError, match="stage='pretrain': the file has sft, dpo"):
         inspect(pipeline(tmp_path, start, {}, {}), "pretrain", 1, as_json=False)
+
+
+def test_files_that_are_left_out_are_in_the_table_by_name(tmp_path, start, capsys) -> None:
+    (tmp_path / "rows").mkdir()
+    for name in ("train.jsonl", "my_poems.jsonl"):
+        write_jsonl(tmp_path / "rows" / name, [{"prompt": "Who bakes?", "completion": "Anna."}])
+    config = pipeline(tmp_path, start, {"dataset_name": str(tmp_path / "rows")}, {})
+    inspect(config, "sft", 0, as_json=False, console=Console(width=200))
+    assert "left_out[my_poems.jsonl]" in capsys.readouterr().out

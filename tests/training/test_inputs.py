@@ -23,6 +23,7 @@ STAGES: tuple[Stage, ...] = ("pretrain", "sft", "dpo")
 SECTIONS: dict[str, str] = {"train": "train", "model": "model", "data": "data", "dpo": "dpo"}
 OTHER_VALUES: dict[str, Any] = {
     "split": "train[:50%]",
+    "delimiter": ";",
     "eval_split": "test",
     "max_rows": 30,
     "eval_fraction": 0.25,
@@ -42,8 +43,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     content = {}
     for stage, row in rows.items():
         folder = tmp_path_factory.mktemp(stage)
-        write_jsonl(folder / "train.jsonl", [row] * 4)
-        write_jsonl(folder / "test.jsonl", [row] * 2)
+        for name, count in (("train.csv", 4), ("test.csv", 2)):
+            (folder / name).write_text("\n".join([",".join(row), *[",".join(row.values())] * count]))
         content[stage] = {"data": {"dataset_name": str(folder), "max_rows": 20}}
     return PipelineConfig.model_validate(content)
 
@@ -86,7 +87,7 @@ def _with(config: PipelineConfig, stage: str, section: str, part: StrictModel) -
     return config.model_copy(update={stage: whole})
 
 
-NAMES = ("dataset_name", "tokenizer_name", "reference_checkpoint")
+NAMES = ("dataset_name", "eval_dataset", "tokenizer_name", "reference_checkpoint")
 """What these name is compared by content: tests of their own."""
 
 
