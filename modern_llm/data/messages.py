@@ -95,7 +95,7 @@ def history(row: Columns) -> list[Message]:
 def read_tools(row: Columns) -> list[dict[str, Any]] | None:
     """The `tools` column (or `functions`): a list of functions, or JSON of one. None if there are none.
 
-    Functions in a list stay as they are, for the chat template; in JSON they become `{"type": "function", "function": …}`.
+    Functions in a list stay as they are, for the chat template; in JSON, and those of `functions`, they become `{"type": "function", "function": …}`.
     Nulls are left out and counted as in arguments of calls.
 
     Raises:
@@ -105,7 +105,8 @@ def read_tools(row: Columns) -> list[dict[str, Any]] | None:
     value, place = row.get(column), f"column {column!r}"
     if not value:
         return None
-    if is_text := isinstance(value, str):
+    wraps = isinstance(value, str) or column == "functions"
+    if isinstance(value, str):
         value = _parsed(value, place) if value.strip() else None
     elif value != (value := without_nulls(value)):
         row.found.add("found_nulls_in_tools")
@@ -116,7 +117,7 @@ def read_tools(row: Columns) -> list[dict[str, Any]] | None:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError(f"{place} must be a list of functions, each with a text 'name'")
         checked_text(json.dumps(function, ensure_ascii=False, default=str), place)
-        tools.append({"type": "function", "function": dict(function)} if is_text else dict(tool))
+        tools.append({"type": "function", "function": dict(function)} if wraps else dict(tool))
     return tools or None
 
 

@@ -316,7 +316,7 @@ def test_an_answer_may_call_a_tool() -> None:
     row = {"conversations": [speaks("human", "Who?")], "chosen": call, "rejected": speaks("gpt", "Nobody."), "tools": [TOOL]}
     calls = [{"type": "function", "function": {"name": "find_baker", "arguments": {}}}]
     chosen = {"role": "assistant", "content": "", "tool_calls": calls}
-    assert read(row) == PairRow(Pair([user("Who?")], chosen, assistant("Nobody."), [{"type": "function", "function": TOOL}]))
+    assert read(row) == PairRow(Pair([user("Who?")], chosen, assistant("Nobody."), [TOOL]))
 
 
 def test_an_answer_to_a_tools_result_is_a_pair() -> None:
