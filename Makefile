@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-ranks test-gpu golden faults families bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
+.PHONY: quickstart test test-slow test-ranks test-gpu golden faults families templates bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,9 @@ faults: .venv/.installed-dev  ## runs killed, signalled, damaged and refused by 
 
 families: .venv/.installed-dev  ## every model family of transformers, built tiny, damaged and trained; writes docs/families.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families_sweep.py $(ARGS)
+
+templates: .venv/.installed-dev  ## which chat templates of ARGS="FOLDER …" can be trained on; writes docs/templates.md
+	$(BIN)/python tests/templates_sweep.py $(ARGS)
 
 bench-data: .venv/.installed  ## data preparation against `datasets.map`; the last line is JSON
 	$(BIN)/python experiments/benchmarks/data/run.py

@@ -6,20 +6,19 @@ begins, behind the generation prompt, the text is cut, because there generation 
 """
 
 import functools
-import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
 from modern_llm.data.answers import Answer, end_of_turn, find_answers
+from modern_llm.data.chat_plan import ChatPart, Plan, Planned, Stretch, cut, fill, mark_words, numbered, part_of, pieces_of
 from modern_llm.data.columns import RowError
 from modern_llm.data.messages import Chat, Message
-from modern_llm.data.template import MARK, WORDS, ChatTemplate, Shape, common_length
+from modern_llm.data.template import MARK, ChatTemplate, Shape, common_length
 from modern_llm.data.tokenizer import TextEncoder
 
 PROBES = (
@@ -31,73 +30,6 @@ PROBES = (
 THOUGHTS = ("<think>", "</think>")
 _OPENS = ((), ("assistant",), ("assistant", "user", "system", "tool"))
 """Whose words are opened, one after the other, until the text is the template's own."""
-
-
-@dataclass(frozen=True)
-class ChatPart:
-    """A run of ids that counts as a whole or not at all."""
-
-    ids: Sequence[int]
-    scored: bool
-    is_words: bool = False
-    """It holds words of the row, not only what the template writes around them."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Text between two control tokens, or from a border on, with words in it."""
-
-    pieces: tuple[str | int, ...]
-    """What the template writes, and numbers of words."""
-    scored: tuple[bool, ...]
-    """Whether each piece counts."""
-    continues: bool
-    """It goes on from the text before it."""
-    opening: int = 0
-    """Tokens of an answer that the template writes before its first words."""
-
-    def text(self, words: Sequence[str]) -> str:
-        return "".join(words[piece] if isinstance(piece, int) else piece for piece in self.pieces)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A chat with its words left open."""
-
-    parts: tuple[ChatPart | Stretch, ...]
-    answer: int
-    """The part with which the last answer begins."""
-    before: tuple[str | int, ...]
-    """Text before that, back to the last control token."""
-    text: str
-    """All that the template writes, with marks."""
-    loses: frozenset[int]
-    """Messages of which the template leaves words out."""
-    rest: tuple[ChatPart | Stretch, ...] = ()
-    """What the template writes behind the last answer's end, white space and end tokens aside."""
-    apart: frozenset[int] = frozenset()
-    """Answers that do not stand behind what generation begins from."""
-
-
-class Planned(NamedTuple):
-    """A plan, and the words for it."""
-
-    plan: Plan
-    words: Sequence[str]
-
-    @property
-    def prompt(self) -> "Planned":
-        """All before the last answer, in which nothing counts then."""
-        return self._replace(plan=_part_of(self.plan, self.plan.parts[: self.plan.answer]))
-
-    @property
-    def answer(self) -> "Planned":
-        """The last answer."""
-        return self._replace(plan=_part_of(self.plan, self.plan.parts[self.plan.answer :]))
-
-
-def _part_of(plan: Plan, parts: tuple[ChatPart | Stretch, ...]) -> Plan:
-    return Plan(parts, 0, plan.before, plan.text, plan.loses)
 
 
 class ChatEncoder:
@@ -124,7 +56,7 @@ class ChatEncoder:
             RowError: the template refuses this chat.
         """
         planned = self.plan(Chat(list(messages), tools))
-        rest = planned._replace(plan=_part_of(planned.plan, planned.plan.rest))
+        rest = planned._replace(plan=part_of(planned.plan, planned.plan.rest))
         whole, behind = self.encode([planned, rest])
         return whole + behind
 
@@ -254,7 +186,7 @@ class ChatEncoder:
         return Planned(plan, [word for _, words in shaped for word in words])
 
     def _plan_shapes(self, shapes: tuple[Shape, ...], asked: bool) -> Plan:
-        return self._plan([_marked(shape) for shape in _numbered(shapes)], [shape.trains for shape in shapes], None, asked)
+        return self._plan([mark_words(shape) for shape in numbered(shapes)], [shape.trains for shape in shapes], None, asked)
 
     def _plan_and_compare(self, chat: Chat, asked: bool = False) -> Planned:
         """A plan that was compared with the template's own rendering: calls, thoughts, empty words, texts that it looks for."""
@@ -264,7 +196,7 @@ class ChatEncoder:
         for opens in _OPENS if self.train_on_reasoning else _OPENS[1:]:
             shaped = [self.template.shape(message, message["role"] in opens) for message in chat.messages]
             shapes, words = [shape for shape, _ in shaped], [w for _, words in shaped for w in words]
-            marked = [_marked(shape, message) for shape, message in zip(_numbered(shapes), chat.messages, strict=True)]
+            marked = [mark_words(shape, message) for shape, message in zip(numbered(shapes), chat.messages, strict=True)]
             try:
                 plan = self._plan(marked, [shape.trains for shape in shapes], chat.tools, asked)
             except RowError as error:
@@ -301,64 +233,16 @@ class ChatEncoder:
             used, moved = prompt + used[last.start :], len(prompt) - last.start
             answers = [Answer(last.message, len(prompt), last.stop + moved, last.ends, last.words + moved, True)]
             _, loses = find_answers(self.template, self.encoder, marked[:-1], tools, prompt, None, needs_answer=False)
-        parts, begins = self._parts(used, answers, trains)
+        counts = [(a.start if self.train_on_reasoning else a.words, a.stop) for a in answers if trains[a.message]]
+        parts, begins = cut(self.encoder, used, answers, counts)
         if not last.ends:
             parts.append(ChatPart([self.encoder.document_end], trains[last.message]))
         before = used[: answers[-1].start]
         control = self.encoder.control_spans(before)
         before = before[control[-1][1] if control else 0 :]
         apart = frozenset(answer.message for answer in answers if not answer.is_asked)
-        behind = tuple(self._parts(rest, (), (), continues=not self.encoder.prefixes_each)[0])
-        return Plan(tuple(parts), begins[-1], _pieces(before), text, frozenset(loses), behind, apart)
-
-    def _parts(
-        self, text: str, answers: Sequence[Answer], trains: Sequence[bool], continues: bool = False
-    ) -> tuple[list[ChatPart | Stretch], list[int]]:
-        """The parts of a marked text, and which of them begin an answer."""
-        counts = [(a.start if self.train_on_reasoning else a.words, a.stop) for a in answers if trains[a.message]]
-        borders = {a.start: a.is_asked for a in answers}
-        control = {start: (behind, i) for start, behind, i in self.encoder.control_spans(text)}
-        swallowed = {n: behind for start, (behind, _) in control.items() for n in range(start + 1, behind)}
-        counts = [(swallowed.get(start, start), swallowed.get(stop, stop)) for start, stop in counts]
-        ends = {*(behind for behind, _ in control.values()), *itertools.chain.from_iterable(counts)}
-        cuts = sorted({0, len(text), *borders, *control, *ends})
-        parts: list[ChatPart | Stretch] = []
-        begins: list[int] = []
-        pieces: list[str | int] = []
-        flags: list[bool] = []
-
-        def flush() -> None:
-            if pieces:
-                parts.append(self._stretch(tuple(pieces), tuple(flags), continues))
-            pieces.clear()
-            flags.clear()
-
-        for start, behind in itertools.pairwise(cuts):
-            if start in borders:
-                goes_on = bool(pieces)
-                if borders[start]:
-                    flush()
-                    continues = continues or goes_on
-                begins.append(len(parts))
-            scored = any(first <= start < last for first, last in counts)
-            if start in control:
-                flush()
-                parts.append(ChatPart([control[start][1]], scored))
-                continues = not self.encoder.prefixes_each
-                continue
-            found = _pieces(text[start:behind])
-            pieces += found
-            flags += [scored] * len(found)
-        flush()
-        return parts, begins
-
-    def _stretch(self, pieces: tuple[str | int, ...], scored: tuple[bool, ...], continues: bool) -> ChatPart | Stretch:
-        """A stretch; encoded already if it holds no words and counts as a whole."""
-        opening = "".join(itertools.takewhile(lambda piece: isinstance(piece, str), pieces))  # type: ignore[arg-type]
-        ids = self.encoder.texts([opening], continues)[0].tolist() if opening else []
-        if len({*scored}) == 1 and all(isinstance(piece, str) for piece in pieces):
-            return ChatPart(ids, scored[0])
-        return Stretch(pieces, scored, continues, len(ids) if scored[0] else 0)
+        behind = tuple(cut(self.encoder, rest, (), (), continues=not self.encoder.prefixes_each)[0])
+        return Plan(tuple(parts), begins[-1], pieces_of(before), text, frozenset(loses), behind, apart)
 
     def _split(self, stretch: Stretch, words: Sequence[str]) -> list[ChatPart]:
         """The parts of a stretch of which only some pieces count: a token that reaches over counts with its first letter."""
@@ -419,43 +303,6 @@ class ChatEncoder:
                 f"its text, encoded at once, has other tokens ({self.tokenizer.convert_ids_to_tokens(whole[at : at + 3])} for "
                 f"{self.tokenizer.convert_ids_to_tokens(same[at : at + 3])})"
             )
-
-
-def fill(text: str, words: Sequence[str]) -> str:
-    """A marked text with its words."""
-    return MARK.sub(lambda match: words[int(match[1])], text)
-
-
-def _pieces(text: str) -> tuple[str | int, ...]:
-    split = MARK.split(text)
-    return tuple(int(piece) if n % 2 else piece for n, piece in enumerate(split) if n % 2 or piece)
-
-
-def _numbered(shapes: Sequence[Shape]) -> list[Shape]:
-    """The shapes with numbers in their marks."""
-    numbers = itertools.count()
-
-    def number(text: str) -> str:
-        first, *rest = text.split(WORDS)
-        return first + "".join(f"\ue000aB{next(numbers)}\ue001{piece}" for piece in rest)
-
-    found = []
-    for shape in shapes:
-        reasoning = None if shape.reasoning is None else number(shape.reasoning)
-        content = number(shape.content)
-        found.append(shape._replace(reasoning=reasoning, content=content, calls=tuple(map(number, shape.calls))))
-    return found
-
-
-def _marked(shape: Shape, message: Message | None = None) -> Message:
-    """A message of marks, with the other keys of the one given."""
-    marked = {**(message or {}), "role": shape.role, "content": shape.content}
-    if shape.reasoning is not None:
-        marked["reasoning_content"] = shape.reasoning
-    if shape.calls:
-        calls = zip(marked["tool_calls"], shape.calls, strict=True)
-        marked["tool_calls"] = [{**call, "function": {**call["function"], "name": name}} for call, name in calls]
-    return marked
 
 
 def _check_marks(chat: Chat) -> None:

@@ -95,8 +95,8 @@ def history(row: Columns) -> list[Message]:
 def read_tools(row: Columns) -> list[dict[str, Any]] | None:
     """The `tools` column (or `functions`): a list of functions, or JSON of one. None if there are none.
 
-    Functions in a list stay as they are, for the chat template; in JSON, and those of `functions`, they become `{"type": "function", "function": …}`.
-    Nulls are left out and counted as in arguments of calls.
+    Functions in a list stay as they are, for the chat template; in JSON, and those of `functions`, they become
+    `{"type": "function", "function": …}`. Nulls are left out and counted as in arguments of calls.
 
     Raises:
         RowError: it is neither, or a function has no name.
