@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from modern_llm.checkpoint import DamagedError, read_manifest, verify
 from modern_llm.config import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig, UserError
+from modern_llm.config.base import one_line
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.training import Stage
 from modern_llm.initial.checkpoint import identity
@@ -91,14 +92,15 @@ def _sources(stage: str, manifest: dict[str, Any], checkpoint: Path, problems: l
 
 def _compared(name: str, wanted: dict[str, Any], checkpoint: Path, problems: list[str]) -> str:
     """Whether a checkpoint that something was made from is still what it was."""
+    shown = one_line(name)  # a damaged manifest may hold anything
     try:
         found = identity(name)
         state = "as it was" if all(found.get(part) == value for part, value in wanted.items()) else "CHANGED"
     except UserError as error:
         state = f"NOT THERE ({error})"
     if state != "as it was":
-        problems.append(f"{checkpoint}: made from {name}: {state}")
-    return f"{name}: {state}"
+        problems.append(f"{checkpoint}: made from {shown}: {state}")
+    return f"{shown}: {state}"
 
 
 def explain_difference(first: Path, second: Path) -> list[str]:

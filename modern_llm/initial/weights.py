@@ -48,8 +48,8 @@ def load_weights(
     if quantization_of(config) == BNB_4BIT and not any(".quant_state." in key for key in _tensors(folder, where)):
         config = copy.deepcopy(config)  # a model that was unpacked, and whose config was not
         del config.quantization_config  # type: ignore[attr-defined]
-    tensors = _tensors(folder, where)
     model, report = _read(AutoModelForCausalLM, name, where, config, generation)
+    tensors = _tensors(folder, where)
     problem, as_named = _problem(report, model, tensors), True
     for names in _renamings([*tensors]) if problem else ():
         renamed = {new: tensors[old].values for old, new in names.items()}

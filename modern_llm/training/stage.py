@@ -207,11 +207,17 @@ def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, conclude: Con
             loop.log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
             raise
         with loop.averaged_weights():
-            saver.final(final)
-            loop.log.message(f"saved {final}")
             if conclude is not None:
                 loop.release()
-                loop.log.log(loop.step, {f"eval/{name}": value for name, value in conclude(loop).items()})
+                try:
+                    values = conclude(loop)
+                except Exception:
+                    saver.final(final)  # what cannot be measured is kept all the same
+                    raise
+                # before the final checkpoint: a run that is killed in between measures again, one that has it is finished
+                loop.log.log(loop.step, {f"eval/{name}": value for name, value in values.items()})
+            saver.final(final)
+            loop.log.message(f"saved {final}")
     except StorageError as error:
         raise StorageError(f"{error}; {saver.what_is_there()}: make room there, and run the same again") from error
 

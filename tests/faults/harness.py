@@ -1,5 +1,6 @@
 """Runs that are disturbed and started again, and the comparison with one that nothing disturbed."""
 
+import itertools
 import json
 import os
 import shutil
@@ -144,8 +145,10 @@ class Bench:
         straight, _ = self.straight(name)
         final = f"run/{self.scenarios[name].run_name}_final"
         found = differences(straight / final, folder / final)
-        if metric_lines(straight / "run") != metric_lines(folder / "run"):
-            found.append("metrics.jsonl: other lines")
+        expected, lines = metric_lines(straight / "run"), metric_lines(folder / "run")
+        if expected != lines:
+            differing = [pair for pair in itertools.zip_longest(expected, lines) if pair[0] != pair[1]]
+            found.append(f"metrics.jsonl: {len(lines)} lines of {len(expected)}, first other: {differing[0]}")
         return found
 
     def finish(self, name: str, folder: Path, **options: Any) -> Attempt:
