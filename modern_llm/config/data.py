@@ -164,8 +164,13 @@ class LanguageModelingDatasetConfig(DatasetConfig):
 
 
 class ChatDatasetConfig(DatasetConfig):
-    """Rows that become chats: how their columns and roles are called."""
+    """Rows that become chats: how they are called, and how chats are written."""
 
+    chat_template: str | None = None
+    """In place of the tokenizer's own: `chatml`, `llama3`, `gemma`, `plain`, a file, or a Jinja template. It travels in the
+    checkpoint. None: the tokenizer's; where it has none, one that fits it."""
+    train_on_reasoning: bool = True
+    """The thoughts of answers (`reasoning_content`, or `<think>…</think>` in the content) count like their words."""
     columns: dict[str, str] | None = None
     """Names of columns in the data, by the standard name that the layouts know: `columns: {messages: dialog}`. Each source of a
     mixture may have its own; every row must have the columns named here."""
@@ -195,11 +200,6 @@ class InstructionDatasetConfig(ChatDatasetConfig):
     """Column of the user's words, together with `response_field`, for columns of other names."""
     response_field: str | None = None
     """Column of the assistant's words."""
-    chat_template: str | None = None
-    """In place of the tokenizer's own: `chatml`, `llama3`, `gemma`, `plain`, a file, or a Jinja template. It travels in the
-    checkpoint. None: the tokenizer's; where it has none, one that fits it."""
-    train_on_reasoning: bool = True
-    """The thoughts of an answer (`reasoning_content`, or `<think>…</think>` in its content) count like its words."""
     train_on: Literal["all", "last"] = "all"
     """Which answers of a chat count: all, or only the last. Answers that a row marks as not counting never do."""
     max_length: PositiveInt = 1024
@@ -258,11 +258,6 @@ class PreferenceDatasetConfig(ChatDatasetConfig):
     """Column of the preferred answer: a string or a list of messages."""
     rejected_field: str = "rejected"
     """Column of the other answer."""
-    chat_template: str | None = None
-    """In place of the tokenizer's own: `chatml`, `llama3`, `gemma`, `plain`, a file, or a Jinja template. It travels in the
-    checkpoint. None: the tokenizer's; where it has none, one that fits it."""
-    train_on_reasoning: bool = True
-    """The thoughts of both answers are compared like their words."""
     min_score_ratio: NonNegativeFloat = 0.0
     """Leave out pairs whose better score is less than this many times the other one. Rows need a score for each side:
     `score_chosen` and `score_rejected` (also `chosen_score`, and with `rating`, `avg_rating` or `reward`), or those of Stanford

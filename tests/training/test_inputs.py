@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "eval_fraction": 0.25,
     "weight": 2.0,
     "streaming": True,
+    "chat_template": "plain",
 }
 """Where a made-up value would name something that is not there."""
 
