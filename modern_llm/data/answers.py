@@ -12,7 +12,23 @@ from modern_llm.data.tokenizer import TextEncoder
 _TAG = r"(?:<[^<>]*(?:think|thought|channel|reason)[^<>]*>|\[/?THINK\])"
 _THOUGHT = re.compile(rf"{_TAG}(?:{_TAG}|thought|analysis|\s)*\Z", re.IGNORECASE)
 """A thought block without words, at the end of a generation prompt."""
-_THOUGHT_END = re.compile(r"(?:</think[^<>]*>|</thought>|</reasoning>|<channel\|>|<\|END_THINKING\|>|\[/THINK\])\s*")
+_THOUGHTS = re.compile(
+    r"\s*(?:<(think|thought|reasoning)>.*?</\1>|<\|channel>thought.*?<channel\|>|<\|START_THINKING\|>.*?<\|END_THINKING\|>"
+    r"|\[THINK\].*?\[/THINK\])\s*",
+    re.DOTALL,
+)
+"""The thoughts with which an answer begins."""
+_OPENED = re.compile(r"(<(?:think|thought|reasoning)>|<\|channel>thought|<\|START_THINKING\|>|\[THINK\])\s*\Z")
+"""The beginning of thoughts, at the end of a prompt."""
+
+
+class Ends(NamedTuple):
+    """Control tokens that end an answer, as text; None where a template writes none."""
+
+    last: str | None
+    """Behind the last answer of a chat, and behind others where the template writes it there."""
+    middle: str | None
+    """Behind an earlier answer."""
 
 
 class Answer(NamedTuple):
@@ -37,7 +53,7 @@ def find_answers(
     marked: Sequence[Message],
     tools: Any,
     text: str,
-    end: str | None,
+    ends: "Ends",
     needs_answer: bool = True,
 ) -> tuple[list[Answer], set[int]]:
     """The answers of a chat, and the messages of which the template leaves words out.
@@ -48,7 +64,7 @@ def find_answers(
         marked: messages with marks in place of words.
         tools: of the chat.
         text: the chat as the template writes it.
-        end: what ends an answer. None: nothing does.
+        ends: what ends an answer.
         needs_answer: the text is a whole chat, in which a system turn may be left out; not a prompt.
 
     Raises:
@@ -81,9 +97,9 @@ def find_answers(
         behind = there[-1][1]
         if message["role"] == "assistant" and needs_answer:
             start, is_asked = _start(template, marked[:n], tools, text, there[0][0], n == len(marked) - 1)
-            stop, ends = _stop(template, encoder, marked[: n + 1], tools, text, behind, end, n == len(marked) - 1)
-            thoughts = [match.end() for match in _THOUGHT_END.finditer(text, start, stop)]
-            answers.append(Answer(n, start, stop, ends, thoughts[-1] if thoughts else start, is_asked))
+            is_last = n == len(marked) - 1
+            stop, is_ended = _stop(template, encoder, marked[: n + 1], tools, text, behind, ends, is_last)
+            answers.append(Answer(n, start, stop, is_ended, _words(text, start, stop), is_asked))
     if needs_answer and not answers:
         raise RowError(_OUT_OF_ORDER)
     return answers, loses
@@ -112,6 +128,14 @@ def _start(
     raise RowError("the tokenizer's chat template opens an answer in another way than its generation prompt does")
 
 
+def _words(text: str, start: int, stop: int) -> int:
+    """Where in a text the words of an answer begin, behind its thoughts, which the prompt may have begun."""
+    opened = _OPENED.search(text, 0, start)
+    begin = opened.start() if opened and text[opened.end() : start] == "" else start
+    thoughts = _THOUGHTS.match(text, begin, stop)
+    return max(start, thoughts.end()) if thoughts else start
+
+
 def _stop(
     template: ChatTemplate,
     encoder: TextEncoder,
@@ -119,14 +143,15 @@ def _stop(
     tools: Any,
     text: str,
     behind: int,
-    end: str | None,
+    ends: "Ends",
     is_last: bool,
 ) -> tuple[int, bool]:
     """Where in a text an answer stops whose last words end at `behind`, and whether a token ends it there."""
     closing = text[behind:] if is_last else _closing(template, encoder, until, tools, text, behind)
-    at = closing.find(end) if end is not None else -1
-    if at >= 0 and end is not None:
-        return behind + at + len(end), True
+    for end in (ends.last,) if is_last else (ends.last, ends.middle):
+        looked_at = closing if end == ends.last else MARK.split(text[behind:])[0]
+        if end is not None and (at := looked_at.find(end)) >= 0:
+            return behind + at + len(end), True
     return behind + len(closing), False
 
 
@@ -139,30 +164,36 @@ def _closing(template: ChatTemplate, encoder: TextEncoder, until: Sequence[Messa
     return rest[:cut]
 
 
-def end_of_turn(template: ChatTemplate, encoder: TextEncoder) -> str | None:
-    """The control token that ends an assistant's turn; None if the template writes none.
+def end_of_turn(template: ChatTemplate, encoder: TextEncoder) -> Ends:
+    """The control tokens that end an assistant's turn.
 
-    It is the tokenizer's end token where the template writes that in every turn, else the first control token behind an answer.
+    The tokenizer's end token where the template writes that in every turn, else the first control token behind an answer;
+    gpt-oss writes one behind the last answer and another behind earlier ones.
 
     Raises:
         RowError: the template writes no chat of a question and an answer.
     """
-    marked = [
-        {"role": role, "content": f"\ue000aB{n}\ue001"} for n, role in enumerate(("user", "assistant", "user", "assistant"))
-    ]
-    text = template.render(marked[:2])
-    last = MARK.split(text)[-1]
-    middle = last
+    roles = ("user", "assistant", "user", "assistant")
+    marked = [{"role": role, "content": f"\ue000aB{n}\ue001"} for n, role in enumerate(roles)]
+    last = middle = MARK.split(template.render(marked[:2]))[-1]
+    between = ""
+    opening: set[str] = set()
     try:
-        whole = template.render(marked)
+        pieces = MARK.split(whole := template.render(marked))
+        between, opening = pieces[4], set(_control_texts(encoder, pieces[0]))
         behind = next(match.end() for match in MARK.finditer(whole) if match[1] == "1")
         middle = _closing(template, encoder, marked[:2], None, whole, behind)
-    except (RowError, StopIteration):
+    except (RowError, StopIteration, IndexError):
         pass  # a template of one turn
     end = str(encoder.tokenizer.eos_token)
     for closing in (middle, last):
-        if end in closing:
-            return end
-        if control := [closing[start:stop].strip() for start, stop, _ in encoder.control_spans(closing)]:
-            return control[0]
-    return None
+        control = [end] if end in closing else _control_texts(encoder, closing)
+        if control:
+            # what opens the next turn ends none
+            first = next(iter(_control_texts(encoder, between)), None)
+            return Ends(control[0], first if first not in opening else None)
+    return Ends(None, None)
+
+
+def _control_texts(encoder: TextEncoder, text: str) -> list[str]:
+    return [text[start:stop].strip() for start, stop, _ in encoder.control_spans(text)]

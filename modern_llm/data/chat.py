@@ -7,6 +7,7 @@ begins, behind the generation prompt, the text is cut, because there generation 
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
-from modern_llm.data.answers import Answer, end_of_turn, find_answers
-from modern_llm.data.chat_plan import ChatPart, Plan, Planned, Stretch, cut, fill, mark_words, numbered, part_of, pieces_of
+from modern_llm.data.answers import Answer, Ends, end_of_turn, find_answers
+from modern_llm.data.chat_plan import ChatPart, Plan, Planned, Stretch, cut, fill, mark_words, numbered, pieces_of
 from modern_llm.data.columns import RowError
 from modern_llm.data.messages import Chat, Message
 from modern_llm.data.template import MARK, ChatTemplate, Shape, common_length
@@ -27,6 +28,7 @@ PROBES = (
 )  # fmt: skip
 """Words with which a template is tried before it is trusted: what merges with line breaks, is escaped, stripped or changed."""
 
+_FIRST_WORD, _FIRST_LETTER = re.compile(r"\s*\S{0,32}"), re.compile(r"\s*\S?")
 THOUGHTS = ("<think>", "</think>")
 _OPENS = ((), ("assistant",), ("assistant", "user", "system", "tool"))
 """Whose words are opened, one after the other, until the text is the template's own."""
@@ -56,8 +58,7 @@ class ChatEncoder:
             RowError: the template refuses this chat.
         """
         planned = self.plan(Chat(list(messages), tools))
-        rest = planned._replace(plan=part_of(planned.plan, planned.plan.rest))
-        whole, behind = self.encode([planned, rest])
+        whole, behind = self.encode([planned, Planned(planned.plan.part(planned.plan.rest), planned.words)])
         return whole + behind
 
     def plan(self, chat: Chat, asked: bool = False) -> Planned:
@@ -100,7 +101,7 @@ class ChatEncoder:
         chat = Chat([*context, last], chat.tools)
         planned = self.plan(chat)
         if len(context) in planned.plan.loses:
-            raise RowError("the tokenizer's chat template leaves out the reasoning of an answer that counts")
+            raise RowError("the tokenizer's chat template leaves out words of an answer that counts")
         kept = all(chat.messages[n]["role"] == "assistant" for n in planned.plan.loses)
         return planned if kept and len(context) not in planned.plan.apart else self.plan(chat, asked=True)
 
@@ -152,7 +153,9 @@ class ChatEncoder:
         if not isinstance(first, Stretch) or not first.continues:
             return False
         before = Stretch(planned.plan.before, (), False).text(planned.words)
-        return self._merges(before, first.text(planned.words)[:64])
+        # behind a line break only the first letter matters to the patterns that the word cache knows
+        head = _FIRST_LETTER if before.endswith("\n") and self.encoder.splits_words else _FIRST_WORD
+        return self._merges(before, head.match(first.text(planned.words))[0])  # type: ignore[index] - it matches anything
 
     @functools.cached_property
     def end_token_id(self) -> int:
@@ -161,10 +164,10 @@ class ChatEncoder:
         Raises:
             UserError: the template writes no chat of one question and one answer.
         """
-        return self.encoder.document_end if self._end_of_turn is None else self.encoder.control(self._end_of_turn)[-1]
+        return self.encoder.document_end if self._ends.last is None else self.encoder.control(self._ends.last)[-1]
 
     @functools.cached_property
-    def _end_of_turn(self) -> str | None:
+    def _ends(self) -> Ends:
         try:
             return end_of_turn(self.template, self.encoder)
         except RowError as error:
@@ -221,7 +224,7 @@ class ChatEncoder:
         text = used = self.template.render(marked, tools)
         if tools is not None and MARK.split(text)[::2] == MARK.split(self.template.render(marked))[::2]:
             raise RowError("the tokenizer's chat template has no place for tools")
-        answers, loses = find_answers(self.template, self.encoder, marked, tools, text, self._end_of_turn)
+        answers, loses = find_answers(self.template, self.encoder, marked, tools, text, self._ends)
         last = answers[-1]
         used, rest = text[: last.stop], text[last.stop :]
         if not rest.replace(str(self.tokenizer.eos_token), "").strip():  # Command A opens the next turn at once
@@ -232,7 +235,10 @@ class ChatEncoder:
                 raise RowError("the tokenizer's chat template leaves out the system turn, and opens answers in two ways")
             used, moved = prompt + used[last.start :], len(prompt) - last.start
             answers = [Answer(last.message, len(prompt), last.stop + moved, last.ends, last.words + moved, True)]
-            _, loses = find_answers(self.template, self.encoder, marked[:-1], tools, prompt, None, needs_answer=False)
+            _, loses = find_answers(self.template, self.encoder, marked[:-1], tools, prompt, self._ends, needs_answer=False)
+        for answer in () if self.train_on_reasoning else answers:
+            if marked[answer.message].get("reasoning_content") and trains[answer.message] and answer.words == answer.start:
+                raise RowError("train_on_reasoning is false, and it is not known where in this template thoughts end")
         counts = [(a.start if self.train_on_reasoning else a.words, a.stop) for a in answers if trains[a.message]]
         parts, begins = cut(self.encoder, used, answers, counts)
         if not last.ends:
@@ -245,11 +251,14 @@ class ChatEncoder:
         return Plan(tuple(parts), begins[-1], pieces_of(before), text, frozenset(loses), behind, apart)
 
     def _split(self, stretch: Stretch, words: Sequence[str]) -> list[ChatPart]:
-        """The parts of a stretch of which only some pieces count: a token that reaches over counts with its first letter."""
+        """The parts of a stretch of which only some pieces count: a token counts with any of its letters."""
         ids, offsets = self.encoder.offsets(stretch.text(words), stretch.continues)
         lengths = [len(words[piece] if isinstance(piece, int) else piece) for piece in stretch.pieces]
         scored = [flag for flag, length in zip(stretch.scored, lengths, strict=True) for _ in range(length)]
-        return [ChatPart([i], scored[min(start, len(scored) - 1)], True) for i, (start, _) in zip(ids, offsets, strict=True)]
+        return [
+            ChatPart([i], any(scored[start:stop]) if start < stop else scored[min(start, len(scored) - 1)], True)
+            for i, (start, stop) in zip(ids, offsets, strict=True)
+        ]
 
     def _merge_over_border(self, before: str, answer: str) -> bool:
         apart = self.encoder.texts([before])[0].tolist()

@@ -1,5 +1,6 @@
 """Plans of chats: what a template writes, cut into parts, with places left open for the words."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,20 @@ class Plan:
     apart: frozenset[int] = frozenset()
     """Answers that do not stand behind what generation begins from."""
 
+    @functools.cached_property
+    def prompt(self) -> "Plan":
+        """The plan of all before the last answer."""
+        return self.part(self.parts[: self.answer])
+
+    @functools.cached_property
+    def last_answer(self) -> "Plan":
+        """The plan of the last answer."""
+        return self.part(self.parts[self.answer :])
+
+    def part(self, parts: tuple[ChatPart | Stretch, ...]) -> "Plan":
+        """The plan of some parts."""
+        return Plan(parts, 0, self.before, self.text, self.loses)
+
 
 class Planned(NamedTuple):
     """A plan, and the words for it."""
@@ -66,16 +81,12 @@ class Planned(NamedTuple):
     @property
     def prompt(self) -> "Planned":
         """All before the last answer, in which nothing counts then."""
-        return self._replace(plan=part_of(self.plan, self.plan.parts[: self.plan.answer]))
+        return Planned(self.plan.prompt, self.words)
 
     @property
     def answer(self) -> "Planned":
         """The last answer."""
-        return self._replace(plan=part_of(self.plan, self.plan.parts[self.plan.answer :]))
-
-
-def part_of(plan: Plan, parts: tuple[ChatPart | Stretch, ...]) -> Plan:
-    return Plan(parts, 0, plan.before, plan.text, plan.loses)
+        return Planned(self.plan.last_answer, self.words)
 
 
 def cut(

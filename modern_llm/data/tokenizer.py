@@ -161,6 +161,7 @@ class TextEncoder:
         """Whether a space goes before the text behind each control token (Llama 2), or before the first of all at most."""
         words = [re.escape(token["content"]) for token in _words_with_texts_behind(content)]
         self._added = re.compile("|".join(words)) if words and bare != content and self.prefixes_each else None
+        self.splits_words = self._words.applies
         self.control_ids = frozenset(control.values())
         self.control_texts = tuple(control)
         self.vocab_size = max(len(tokenizer), *(i + 1 for i in control.values()), 1)

@@ -444,10 +444,10 @@ THOUGHTLESS = CHATML.replace("message['content']", "message['content'].split('</
 def test_an_answer_of_which_the_template_leaves_words_out_is_refused(tokenizer, tmp_path) -> None:
     encoder = with_template(tokenizer, THOUGHTLESS)
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "<think>x</think>b"}])
-    with pytest.raises(UserError, match=r"line 1: .*leaves out the reasoning of an answer that counts"):
+    with pytest.raises(UserError, match=r"line 1: .*leaves out words of an answer that counts"):
         prepare_instructions(InstructionDatasetConfig(dataset_name=str(path)), encoder)
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "<think>x</think>c"}])
-    with pytest.raises(UserError, match=r"line 1: .*leaves out the reasoning of an answer that counts"):
+    with pytest.raises(UserError, match=r"line 1: .*leaves out words of an answer that counts"):
         prepare_preferences(PreferenceDatasetConfig(dataset_name=str(pairs)), DPOConfig(), encoder)
 
 
