@@ -180,7 +180,7 @@ class ChatDatasetConfig(DatasetConfig):
     @model_validator(mode="after")
     def _check_adapters(self) -> Self:
         layouts = get_args(get_args(type(self).model_fields["adapter"].annotation)[0])
-        for name, source in self.sources().items():
+        for name, source in [*self.sources().items(), *(self.eval_sources() or {}).items()]:
             if source.adapter not in (None, *layouts):
                 known = ", ".join(layouts)
                 raise ValueError(f"dataset_name={name!r}: adapter={source.adapter!r} is no layout of this stage ({known})")

@@ -59,6 +59,8 @@ def _digest(rows: Iterable[Any]) -> str:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} must be a dict, not {type(row).__name__}")
+        if not all(isinstance(name, str) for name in row):
+            raise ValueError(f"row {number}: names of columns must be text, not {[n for n in row if not isinstance(n, str)]}")
         digest.update(json.dumps(sorted(row.items()), default=_plain).encode())
     return digest.hexdigest()
 

@@ -9,9 +9,10 @@ import numpy as np
 from modern_llm.config import UserError
 from modern_llm.config.data import LanguageModelingDatasetConfig, SourceConfig
 from modern_llm.data.columns import Columns, RowError
+from modern_llm.data.messages import prompt_hash
 from modern_llm.data.prepared import Example, Part, fingerprint_of
 from modern_llm.data.readers import BadRows, Row
-from modern_llm.data.sources import open_source, prompt_hash, stream_rows
+from modern_llm.data.sources import open_source, stream_rows
 from modern_llm.data.tokenizer import TextEncoder
 from modern_llm.layout import Segment
 

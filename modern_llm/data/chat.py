@@ -145,17 +145,17 @@ class ChatEncoder:
         return self.tokenizer.unk_token_id is not None and bool((ids == self.tokenizer.unk_token_id).any())
 
     def merges_over_border(self, planned: Planned) -> bool:
-        """Whether the last answer's first token, encoded with the prompt, would take up the prompt's end.
+        """Whether an answer's first token, encoded with its prompt, would take up the prompt's end.
 
         Then the chat's ids are not those of its whole text: they are those that generation meets.
         """
-        first = planned.plan.parts[planned.plan.answer]
-        if not isinstance(first, Stretch) or not first.continues:
-            return False
-        before = Stretch(planned.plan.before, (), False).text(planned.words)
+        return any(self._merges_at(*border, planned.words) for border in planned.plan.borders)
+
+    def _merges_at(self, text: tuple[str | int, ...], first: Stretch, words: Sequence[str]) -> bool:
+        before = Stretch(text, (), False).text(words)
         # behind a line break only the first letter matters to the patterns that the word cache knows
         head = _FIRST_LETTER if before.endswith("\n") and self.encoder.splits_words else _FIRST_WORD
-        return self._merges(before, head.match(first.text(planned.words))[0])  # type: ignore[index] - it matches anything
+        return self._merges(before, head.match(first.text(words))[0])  # type: ignore[index] - it matches anything
 
     @functools.cached_property
     def end_token_id(self) -> int:
@@ -177,7 +177,8 @@ class ChatEncoder:
         """Whether the template can do nothing with a message but show its words."""
         content = message["content"]
         return (
-            message.keys() <= {"role", "content", "train"}
+            not self.template.is_opaque
+            and message.keys() <= {"role", "content", "train"}
             and message["role"] != "tool"
             and bool(content.strip())
             and (self.template.constants is None or self.template.constants.search(content) is None)
@@ -196,18 +197,23 @@ class ChatEncoder:
         _check_marks(chat)
         self._refuse_control_in_calls(chat)
         real, refused = self.template.render(chat.messages, chat.tools), None
+        keys = {"role", "content", "reasoning_content", "train"}
+        has_shapes_only = chat.tools is None and all(message.keys() <= keys for message in chat.messages)
         for opens in _OPENS if self.train_on_reasoning else _OPENS[1:]:
             shaped = [self.template.shape(message, message["role"] in opens) for message in chat.messages]
             shapes, words = [shape for shape, _ in shaped], [w for _, words in shaped for w in words]
-            marked = [mark_words(shape, message) for shape, message in zip(numbered(shapes), chat.messages, strict=True)]
             try:
-                plan = self._plan(marked, [shape.trains for shape in shapes], chat.tools, asked)
+                plan = self._plan_of_shapes(tuple(shapes), asked) if has_shapes_only else self._plan_chat(chat, shapes, asked)
             except RowError as error:
                 refused = error
                 continue
             if fill(plan.text, words) == real:
                 return Planned(plan, words)
         raise refused or RowError("the tokenizer's chat template changes the words of this chat, so what counts is not known")
+
+    def _plan_chat(self, chat: Chat, shapes: Sequence[Shape], asked: bool) -> Plan:
+        marked = [mark_words(shape, message) for shape, message in zip(numbered(shapes), chat.messages, strict=True)]
+        return self._plan(marked, [shape.trains for shape in shapes], chat.tools, asked)
 
     def _refuse_control_in_calls(self, chat: Chat) -> None:
         """Calls and descriptions of tools are written by the template and encoded with it: none may look like control."""
@@ -243,12 +249,14 @@ class ChatEncoder:
         parts, begins = cut(self.encoder, used, answers, counts)
         if not last.ends:
             parts.append(ChatPart([self.encoder.document_end], trains[last.message]))
-        before = used[: answers[-1].start]
-        control = self.encoder.control_spans(before)
-        before = before[control[-1][1] if control else 0 :]
+        borders = []
+        for answer, at in zip(answers, begins, strict=True):
+            first, control = parts[at], self.encoder.control_spans(used[: answer.start])
+            if isinstance(first, Stretch) and first.continues and answer.is_asked:
+                borders.append((pieces_of(used[control[-1][1] if control else 0 : answer.start]), first))
         apart = frozenset(answer.message for answer in answers if not answer.is_asked)
         behind = tuple(cut(self.encoder, rest, (), (), continues=not self.encoder.prefixes_each)[0])
-        return Plan(tuple(parts), begins[-1], pieces_of(before), text, frozenset(loses), behind, apart)
+        return Plan(tuple(parts), begins[-1], tuple(borders), text, frozenset(loses), behind, apart)
 
     def _split(self, stretch: Stretch, words: Sequence[str]) -> list[ChatPart]:
         """The parts of a stretch of which only some pieces count: a token counts with any of its letters."""

@@ -46,8 +46,8 @@ class Plan:
     parts: tuple[ChatPart | Stretch, ...]
     answer: int
     """The part with which the last answer begins."""
-    before: tuple[str | int, ...]
-    """Text before that, back to the last control token."""
+    borders: tuple[tuple[tuple[str | int, ...], Stretch], ...]
+    """Where answers begin in the middle of text: what stands before it, back to the last control token, and the answer."""
     text: str
     """All that the template writes, with marks."""
     loses: frozenset[int]
@@ -69,7 +69,7 @@ class Plan:
 
     def part(self, parts: tuple[ChatPart | Stretch, ...]) -> "Plan":
         """The plan of some parts."""
-        return Plan(parts, 0, self.before, self.text, self.loses)
+        return Plan(parts, 0, self.borders, self.text, self.loses)
 
 
 class Planned(NamedTuple):
@@ -115,9 +115,16 @@ def cut(
     pieces: list[str | int] = []
     flags: list[bool] = []
 
+    def add(part: ChatPart | Stretch) -> None:
+        last = parts[-1] if len(parts) > max(begins, default=0) else None
+        if isinstance(part, ChatPart) and isinstance(last, ChatPart) and last.scored == part.scored:
+            parts[-1] = ChatPart([*last.ids, *part.ids], part.scored)
+        else:
+            parts.append(part)
+
     def flush() -> None:
         if pieces:
-            parts.append(_stretch(encoder, tuple(pieces), tuple(flags), continues))
+            add(_stretch(encoder, tuple(pieces), tuple(flags), continues))
         pieces.clear()
         flags.clear()
 
@@ -131,7 +138,7 @@ def cut(
         scored = any(first <= start < last for first, last in counts)
         if start in control:
             flush()
-            parts.append(ChatPart([control[start][1]], scored))
+            add(ChatPart([control[start][1]], scored))
             continues = not encoder.prefixes_each
             continue
         found = pieces_of(text[start:behind])

@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections import UserDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "prompt", "compl
 """Columns that may hold messages, besides those that a config names."""
 MEANINGFUL_COLUMNS = {
     *("system", "system_prompt", "history", "tools", "functions", "input", "context", "documents"),
+    *("question", "instruction", "inputs", "choices", "options"),
     *("reasoning_content", "reasoning", "thinking", "label", "labels", "kto_tag"),
     *("train", "trainable", "training", "loss", "loss_mask", "loss_weight", "weight", "mask", "masked"),
 }
@@ -38,11 +38,15 @@ class RowError(ValueError):
     """What is wrong with a row, by column. It does not know the file and the line: who reads the rows adds them."""
 
 
-class Columns(UserDict[str, Any]):
+_OPENS = frozenset("[{")
+"""First letters of a list or a mapping that is written as text."""
+
+
+class Columns(dict[str, Any]):
     """One row: column to value, in standard names and without nulls. Remembers what was read, for `findings`."""
 
     def __init__(self, values: Mapping[str, Any], config: ChatDatasetConfig | None = None) -> None:
-        self.data = {name: value for name, value in values.items() if value is not None}
+        super().__init__({name: value for name, value in values.items() if value is not None})
         self.nulls = [name for name, value in values.items() if value is None]
         self.roles: Mapping[str, str] = (config and config.roles) or {}
         self.renamed = set((config and config.columns) or ())
@@ -53,6 +57,11 @@ class Columns(UserDict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
         return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override] - the dict's own would not remember it
+        """Value of a column, or the default."""
+        self.read.add(name)
+        return super().get(name, default)
 
     @classmethod
     def standard(cls, row: Mapping[str, Any], config: ChatDatasetConfig) -> "Columns":
@@ -69,21 +78,23 @@ class Columns(UserDict[str, Any]):
         kept = {name: value for name, value in row.items() if name not in renamed and name not in renamed.values()}
         columns = cls({**kept, **{standard: row[name] for standard, name in renamed.items()}}, config)
         for name in MEDIA_COLUMNS & {*columns, *columns.nulls}:
-            if not is_empty(columns.data.get(name)) or f"<{name.rstrip('s')}>" in str(columns.data):
+            if not is_empty(dict.get(columns, name)) or f"<{name.rstrip('s')}>" in str(dict(columns)):
                 raise RowError(
                     f"column {name!r} belongs to the row's words: only text can be trained on, so leave such rows out"
                 )
         fields = (getattr(config, f"{word}_field", None) for word in ("prompt", "response", "chosen", "rejected"))
-        for name in {*MESSAGE_COLUMNS, *filter(None, fields)}:
-            text = columns.data.get(name)
-            if isinstance(text, str) and (messages := columns._messages_in(text, pairs=name == "history")) is not None:
+        for name in columns.keys() & {*MESSAGE_COLUMNS, *filter(None, fields)}:
+            text = dict.get(columns, name)
+            if not isinstance(text, str) or text.lstrip()[:1] not in _OPENS:
+                continue
+            if (messages := columns._messages_in(text, pairs=name == "history")) is not None:
                 columns[name] = messages
                 columns.found.add("found_messages_as_text")
         return columns
 
     def _messages_in(self, text: str, pairs: bool) -> Any:
         """The messages, or `[question, answer]` pairs, that a text spells out as JSON or Python; None if it is only text."""
-        if text.lstrip()[:1] not in ("[", "{") or not (pairs or _ROLE.search(text)):
+        if not (pairs or _ROLE.search(text)):
             return None
         for parse in (parse_json, ast.literal_eval):
             try:
@@ -140,8 +151,8 @@ class Columns(UserDict[str, Any]):
 
     def findings(self) -> tuple[str, ...]:
         """Names of counts for the report; among them `ignored_…` for each meaningful column that the layout did not read."""
-        unread = [name for name in self.data.keys() - self.read if name in MEANINGFUL_COLUMNS or name in self.renamed]
-        return tuple(sorted({*self.found, *(f"ignored_{name}" for name in unread if not is_empty(self.data[name]))}))
+        unread = [name for name in self.keys() - self.read if name in MEANINGFUL_COLUMNS or name in self.renamed]
+        return tuple(sorted({*self.found, *(f"ignored_{name}" for name in unread if not is_empty(dict.get(self, name)))}))
 
 
 def is_empty(value: Any) -> bool:

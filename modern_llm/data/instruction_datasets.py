@@ -13,7 +13,7 @@ from modern_llm.data.chat import ChatEncoder, ChatPart, Planned
 from modern_llm.data.columns import Columns, RowError
 from modern_llm.data.instruction_adapters import needs_regrouping, read_chat, threads
 from modern_llm.data.lint import check_words
-from modern_llm.data.messages import Chat, prompt_text
+from modern_llm.data.messages import Chat, prompt_hash, prompt_text
 from modern_llm.data.packing import best_fit
 from modern_llm.data.prepared import (
     Mixture,
@@ -27,7 +27,7 @@ from modern_llm.data.prepared import (
     segment_arrays,
 )
 from modern_llm.data.readers import BadRows, Row
-from modern_llm.data.sources import Source, is_held_out, open_source, prompt_hash
+from modern_llm.data.sources import Source, is_held_out, open_source
 from modern_llm.data.store import CUT_END, CUT_START, ENDS_WITH_END_TOKEN, Store, StoreWriter
 from modern_llm.data.tokenizer import template_fingerprint
 

@@ -8,9 +8,8 @@ from typing import Any
 from modern_llm.config import UserError
 from modern_llm.config.data import LintConfig
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.messages import Message, Pair, answer_text, has_words, prompt_text
+from modern_llm.data.messages import Message, Pair, answer_text, has_words, prompt_hash
 from modern_llm.data.prepared import Report, count
-from modern_llm.data.sources import prompt_hash
 
 
 class Lint:
@@ -26,7 +25,7 @@ class Lint:
         Raises:
             UserError: a finding that the config calls a failure.
         """
-        prompt = prompt_hash(prompt_text(pair.prompt))
+        prompt = pair.prompt_key
         chosen, rejected = (prompt_hash(answer_text(answer)) for answer in (pair.chosen, pair.rejected))
         findings = [*doubts]
         if not has_words(pair.chosen) or not has_words(pair.rejected):

@@ -8,6 +8,7 @@ import numpy as np
 
 from modern_llm.config.data import LanguageModelingDatasetConfig, SourceConfig
 from modern_llm.data.blocks import Blocks, document_ids, document_text, document_texts, held_out_keys
+from modern_llm.data.messages import prompt_hash
 from modern_llm.data.prepared import (
     Example,
     Mixture,
@@ -20,7 +21,7 @@ from modern_llm.data.prepared import (
     read_rows,
 )
 from modern_llm.data.readers import BadRows
-from modern_llm.data.sources import Source, is_held_out, prompt_hash
+from modern_llm.data.sources import Source, is_held_out
 from modern_llm.data.store import ENDS_WITH_END_TOKEN, StoreWriter
 from modern_llm.data.streaming import prepare_stream
 from modern_llm.data.tokenizer import TextEncoder, tokenizer_fingerprint

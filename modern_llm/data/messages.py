@@ -1,5 +1,7 @@
 """What a row becomes, a chat or a pair, and how messages are read. Shared by the layouts of both kinds of data set."""
 
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -61,6 +63,16 @@ class Pair:
     rejected: Message
     tools: list[dict[str, Any]] | None = None
     """Functions that the assistant may call, in the form of `Chat.tools`."""
+
+    @functools.cached_property
+    def prompt_key(self) -> int:
+        """Hash of the prompt."""
+        return prompt_hash(prompt_text(self.prompt))
+
+
+def prompt_hash(text: str) -> int:
+    """A 64-bit hash of a prompt, the same on every machine: decides who is held out, and who meets whom."""
+    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
 
 
 # Columns
@@ -298,14 +310,19 @@ def _content(value: Any, place: str) -> str:
 
 
 def _call(value: Any, place: str, row: Columns) -> dict[str, Any]:
-    """A call as `{"function": {"name", "arguments"}}` or `{"name", "arguments"}`; arguments are a mapping or JSON of one.
+    """A call as `{"function": {"name", "arguments"}}` or `{"name", "arguments"}`.
+
+    Arguments are a mapping or JSON of one, and may be called `parameters` (Llama 3) or `input` (Anthropic).
 
     Nulls in a mapping are left out and counted: Arrow fills in the arguments of all other calls. Those in JSON text stay.
     """
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(f"{place} must have a text 'name' and 'arguments'")
-    arguments = function.get("arguments")
+    named = [name for name in ("arguments", "parameters", "input") if function.get(name) is not None]
+    if len(named) > 1:
+        raise RowError(f"{place} has {' and '.join(map(repr, named))}: which are its arguments?")
+    arguments = function[named[0]] if named else None
     if isinstance(arguments, str) and arguments.strip():
         arguments = _parsed(arguments, f"{place}: 'arguments'")
     elif arguments != (arguments := without_nulls(arguments)):

@@ -31,6 +31,8 @@ from modern_llm.data.preference_scores import Scores, rated_answers, score_ratio
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction")
 MATERIAL_COLUMNS = {"question": ("context",), "instruction": ("input", "context")}
+SHORT_QUESTION = 20
+"""Letters of a question that answers may begin with by chance ("Hello")."""
 CONVERSATION_COLUMNS = ("conversations", "conversation")
 ANSWER_COLUMNS = ("completions", "responses", "answers")
 
@@ -212,13 +214,18 @@ def _pair(
 ) -> PairRow | str:
     """A pair from two chats, each ending with its answer. `scores` are those of the row's columns, if none are given."""
     prompt, answers = chosen[:-1], (chosen[-1], rejected[-1])
-    differ = prompt_text(prompt) != prompt_text(rejected[:-1])
+    differ = prompt != rejected[:-1] and prompt_text(prompt) != prompt_text(rejected[:-1])
     # prompts that differ often do so in their last turns: which fault counts is then for the checks to say
     asks = bool(prompt) and (differ or prompt[-1]["role"] in ("user", "tool"))
     if not asks or any(answer["role"] != "assistant" for answer in answers):
         return "turns_out_of_order"
     if any(answer.get("train") is False for answer in answers):
         return "no_turn_counts"
+    question = prompt[-1]["content"].strip()
+    if len(question) > SHORT_QUESTION and all(
+        answer["content"].lstrip().startswith((question, "Human:")) for answer in answers
+    ):
+        row.found.add("found_prompt_in_both_answers")
     scores = scores or side_scores(row, config, (config.chosen_field, config.rejected_field))
     if scores is not None and config.min_score_ratio > 0 and score_ratio(*scores) < config.min_score_ratio:
         return "score_ratio"

@@ -11,7 +11,7 @@ from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.chat import ChatEncoder, Planned
 from modern_llm.data.columns import RowError
 from modern_llm.data.lint import Lint, check_words
-from modern_llm.data.messages import Chat, Message, Pair, prompt_text
+from modern_llm.data.messages import Chat, Message, Pair
 from modern_llm.data.preference_adapters import PairRow, read_pair
 from modern_llm.data.prepared import (
     Example,
@@ -25,7 +25,7 @@ from modern_llm.data.prepared import (
     read_rows,
 )
 from modern_llm.data.readers import BadRows, Row
-from modern_llm.data.sources import Source, is_held_out, open_source, prompt_hash
+from modern_llm.data.sources import Source, is_held_out, open_source
 from modern_llm.data.store import CUT_END, CUT_START, ENDS_WITH_END_TOKEN, StoreWriter
 from modern_llm.data.tokenizer import template_fingerprint
 from modern_llm.layout import Segment
@@ -94,7 +94,7 @@ def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> lis
 
 def pair_key(pair: Pair) -> int:
     """Hash of the prompt."""
-    return prompt_hash(prompt_text(pair.prompt))
+    return pair.prompt_key
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,9 @@ def _build(
                 continue
             if thoughts[0] >= len(chosen) or thoughts[1] >= len(rejected):
                 count(report, "dropped_because_prompt_fills_max_length")
+                continue
+            if chosen[thoughts[0] :] == rejected[thoughts[1] :] and chosen != rejected:
+                count(report, "dropped_because_answers_identical_but_for_thoughts")
                 continue
             segments = [_arrays(prompt, *side) for side in zip((chosen, rejected), thoughts, strict=True)]
             if any(encoder.holds_unknown(ids) for ids, _ in segments):

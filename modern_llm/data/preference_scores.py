@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ SCORE_COLUMNS_OF_SIDES = [
     for word in ("score", "rating", "avg_rating", "reward")
 ]
 """Columns with the score of one side, the side's name left open: `score_{}`, `{}_score`, `{}-rating`, …"""
+_IS_SCORE = re.compile("score|rating|reward")
 Scores = tuple[float | None, float | None]
 """Of the better and of the worse side; None where a score is missing."""
 
@@ -33,11 +35,13 @@ def side_scores(row: Columns, config: PreferenceDatasetConfig, names: tuple[str,
     Raises:
         RowError: `min_score_ratio` needs scores, and there are none.
     """
-    known = {*row, *row.nulls}
+    known = [*row, *row.nulls]
+    if not any(_IS_SCORE.search(name) for name in known):
+        known = []
     for better, worse in dict.fromkeys((names, ("chosen", "rejected"))):
         for form in SCORE_COLUMNS_OF_SIDES:
             columns = form.format(better), form.format(worse)
-            if known.issuperset(columns):
+            if known and columns[0] in known and columns[1] in known:
                 return _parsed_number(row.get(columns[0])), _parsed_number(row.get(columns[1]))
     if config.min_score_ratio > 0:
         expected = f"score_{names[0]} and score_{names[1]}"

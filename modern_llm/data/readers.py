@@ -171,7 +171,7 @@ def _lists_of(path: Path, content: dict[str, Any]) -> dict[str, list[Any]]:
     lists = {key: value for key, value in content.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     if not lists or _LIST_COLUMNS & lists.keys():
         return {"train": [content]}
-    if len(lists) == 1 and standard_split(*lists) not in SPLIT_WORDS:
+    if len(lists) == 1 and standard_split(next(iter(lists)).partition("_")[0]) not in SPLIT_WORDS:
         return {"train": next(iter(lists.values()))}
     if any(standard_split(key.partition("_")[0]) not in SPLIT_WORDS for key in lists):
         raise UserError(f"{path}: one object with rows under {', '.join(map(repr, lists))}: save each as a file of its own")

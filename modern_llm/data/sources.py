@@ -298,11 +298,6 @@ def preparation_version() -> str:
     return digest.hexdigest()
 
 
-def prompt_hash(text: str) -> int:
-    """A 64-bit hash of a prompt, the same on every machine: decides who is held out, and who meets whom."""
-    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
-
-
 def is_held_out(key: int, config: DatasetConfig) -> bool:
     """Whether a prompt of this hash belongs to the evaluation part."""
     return key in _held_out_keys(config)

@@ -16,9 +16,10 @@ from modern_llm import distributed
 from modern_llm.config import UserError
 from modern_llm.config.data import LanguageModelingDatasetConfig
 from modern_llm.data.blocks import Blocks, document_ids, document_text, document_texts, held_out_keys
+from modern_llm.data.messages import prompt_hash
 from modern_llm.data.prepared import Example, InMemory, Mixture, PreparedData, fingerprint_of
 from modern_llm.data.readers import BadRows, Row
-from modern_llm.data.sources import is_held_out, left_out_files, preparation_version, prompt_hash, stream_rows
+from modern_llm.data.sources import is_held_out, left_out_files, preparation_version, stream_rows
 from modern_llm.data.tokenizer import TextEncoder, tokenizer_fingerprint
 from modern_llm.layout import Segment
 

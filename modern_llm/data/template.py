@@ -67,10 +67,12 @@ class ChatTemplate:
         self.sources: list[str] = list(named.values()) if isinstance(named, Mapping) else [str(named)]
         self._source = functools.cache(self._source_for)
         try:
-            self.literals, constants = zip(*map(literal_texts, self.sources), strict=True)
+            programs = [program_of(source) for source in self.sources]
         except TemplateError as error:
             raise UserError(f"the tokenizer's chat template is no Jinja template: {error}") from None
-        words = sorted(set(more).union(*constants), key=len, reverse=True)
+        self.literals = [program.literals for program in programs]
+        self.is_opaque = any(program.is_opaque for program in programs)
+        words = sorted(set(more).union(*(program.constants for program in programs)), key=len, reverse=True)
         self.constants = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
         """Texts that the program compares with, splits at or replaces, white space aside; a group."""
 
@@ -168,24 +170,65 @@ def common_length(left: str, right: str) -> int:
     return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-@functools.cache
-def literal_texts(source: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Texts in a template: all that stand in it; and those that its program hands to a test, a method or a filter.
+class Program(NamedTuple):
+    """What a template's syntax tree says."""
 
-    White space is none of the latter: it is kept apart at the ends of words, and in their middle no template known acts on it.
+    literals: frozenset[str]
+    """All texts that stand in it."""
+    constants: frozenset[str]
+    """Those that the words of a message may be compared with, split at or replaced by; no white space."""
+    is_opaque: bool
+    """It does more to words than it names texts for: their length, a part of them, a filter."""
+
+
+@functools.cache
+def program_of(source: str) -> Program:
+    """Read a template's program.
+
+    White space is no constant: it is kept apart at the ends of words, and a program that acts on it in their middle is opaque.
     """
     environment: Environment = _compile_jinja_template(source).environment
     tree = environment.parse(source)
-    texts = {node.data for node in tree.find_all(nodes.TemplateData)}
-    texts |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    acting: list[nodes.Node] = []
-    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
-        acting += [*node.args, *node.kwargs] if not isinstance(node, nodes.Compare) else [node.expr, *node.ops]
-    named = {
-        part.value
-        for node in acting
-        for part in ([node] if isinstance(node, nodes.Const) else node.find_all(nodes.Const))
-        if isinstance(part.value, str)
+    texts = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    looked_for = {
+        node.expr.value
+        for node in tree.find_all(nodes.Compare)
+        if isinstance(node.expr, nodes.Const) and isinstance(node.expr.value, str) and any(map(_speaks_of_words, node.ops))
     }
-    # one letter, or a word such as a role, is compared with other fields than the words
-    return frozenset(texts), frozenset(text for text in named if text.strip() and not text.strip().isalnum())
+    # words such as a role are written, or compared with other fields
+    constants = {text for text in texts if text.strip() and not text.strip().isalnum()} | looked_for
+    literals = frozenset([*texts, *(node.data for node in tree.find_all(nodes.TemplateData))])
+    return Program(literals, frozenset(filter(str.strip, constants)), any(map(_is_opaque, tree.find_all(nodes.Expr))))
+
+
+_SAFE = ("trim", "string", "safe", "default", "d", "strip", "lstrip", "rstrip", "startswith", "endswith")
+"""Filters and methods that look at the ends of words, which stay in the rendering."""
+
+
+def _is_opaque(node: nodes.Expr) -> bool:
+    """Whether an expression does something to a message's words that no constant shows."""
+    if isinstance(node, nodes.Filter):
+        return node.node is not None and _speaks_of_words(node.node) and node.name not in _SAFE
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Slice) and _speaks_of_words(node.node)
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and _speaks_of_words(node.node.node):
+        blank = any(isinstance(arg, nodes.Const) and not str(arg.value).strip() for arg in node.args)
+        other = any(not isinstance(arg, nodes.Const) for arg in node.args)
+        return node.node.attr not in _SAFE and (blank or other or not node.args)
+    if isinstance(node, nodes.Compare) and any(map(_speaks_of_words, [node.expr, *node.ops])):
+        sides = [node.expr, *(operand.expr for operand in node.ops)]
+        return not all(isinstance(side, nodes.Const) or _speaks_of_words(side) for side in sides) or not any(
+            isinstance(side, nodes.Const) for side in sides
+        )
+    return False
+
+
+def _speaks_of_words(node: nodes.Node) -> bool:
+    """Whether an expression is, or is made of, what a message's `content` holds."""
+    inner = [node, *node.find_all((nodes.Getattr, nodes.Getitem, nodes.Name))]
+    return any(
+        (isinstance(part, nodes.Getattr) and part.attr == "content")
+        or (isinstance(part, nodes.Name) and part.name == "content")
+        or (isinstance(part, nodes.Getitem) and isinstance(part.arg, nodes.Const) and part.arg.value == "content")
+        for part in inner
+    )

@@ -27,9 +27,10 @@ from modern_llm.config import (
 )
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
+from modern_llm.data.messages import prompt_hash
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.readers import BadRows
-from modern_llm.data.sources import are_held_out, is_held_out, open_source, prompt_hash
+from modern_llm.data.sources import are_held_out, is_held_out, open_source
 
 ROWS = [{"text": "Eins, zwei", "note": "a"}, {"text": 'drei "vier"\nfünf', "note": "b"}, {"text": " sechs", "note": "c"}]
 

@@ -204,6 +204,88 @@ def test_thoughts_of_a_pair_need_not_count(tokenizer, tmp_path) -> None:
     assert rejected.shared < len(rejected.ids)
 
 
+HARMONY = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% if m.thinking is defined %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m['content'] }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% else %}{{ '<|start|>' + m['role'] + '<|message|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
+def harmony(flag: bool = True) -> ChatEncoder:
+    control = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
+    backend = Tokenizer.from_str(tokenizer_of("qwen").backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|return|>", additional_special_tokens=control)
+    tokenizer.chat_template = HARMONY
+    return ChatEncoder(tokenizer, flag)
+
+
+def taught_by(encoder: ChatEncoder, *messages: Message) -> str:
+    return encoder.tokenizer.decode([i for part in encoder.chat(list(messages)) if part.scored for i in part.ids])
+
+
+def test_each_answer_of_gpt_oss_has_the_end_token_that_is_written_there() -> None:
+    assert taught_by(harmony(), *turns(["a", "b", "c", "d"])) == (
+        "<|channel|>final<|message|>b<|end|><|channel|>final<|message|>d<|return|>"
+    )
+    assert taught_by(harmony(), *turns(["a"]), reasoning("b", "hm")).startswith("<|channel|>analysis<|message|>hm<|end|>")
+    with pytest.raises(RowError, match="not known where in this template thoughts end"):
+        harmony(False).chat([*turns(["a"]), reasoning("b", "hm")])
+
+
+@pytest.mark.parametrize(
+    ("answer", "taught"),
+    [
+        ("<think>why</think> The answer is 4.", " The answer is 4.<|im_end|>"),
+        ("<think>why</think>\n\nNo", "No<|im_end|>"),
+        ("The tag `</think>` ends a thought.", "The tag `</think>` ends a thought.<|im_end|>"),
+        ("a <think>b</think> c", "a <think>b</think> c<|im_end|>"),
+    ],
+)
+def test_thoughts_are_those_with_which_an_answer_begins(tokenizer, answer, taught) -> None:
+    encoder = ChatEncoder(_copy(tokenizer, CHATML).tokenizer, False)
+    assert taught_by(encoder, *turns(["a", answer])).strip() == taught.strip()
+    gpt2 = _copy(tokenizer_of("byte-level"), CHATML).tokenizer
+    assert taught_by(ChatEncoder(gpt2, False), *turns(["a", answer])).strip() == taught.strip()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "{% for tag in ['/think', '/no_think'] %}{% if tag in m.content %}{{ '[' + tag + ']' }}{% endif %}{% endfor %}",
+        "{% set key = '/no_think' %}{% if key in m.content %}{{ '!' }}{% endif %}",
+        "{% if 'tool' in m.content %}{{ '!' }}{% endif %}",
+        "{% if m.content | length > 100 %}{{ '!' }}{% endif %}",
+        "{% if m.content != messages[0].content %}{{ '!' }}{% endif %}",
+    ],
+)
+@pytest.mark.parametrize("words", ["say /no_think now", "a tool", "x " * 60, "x"])
+def test_what_a_program_does_with_words_is_seen(tokenizer, program, words) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        + program
+        + "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    encoder = _copy(tokenizer, template)
+    messages = turns([words, "yes", words, "no"])
+    whole = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
+    if " > " in program and len(words) > 100 or "!=" in program:  # no mark shows that, so it is refused
+        with pytest.raises(RowError, match="changes the words of this chat"):
+            encoder.chat(messages)
+    else:
+        assert ids_of(encoder, messages) == whole[:-1]
+
+
+def test_an_earlier_answer_that_merges_is_counted_too(tokenizer, tmp_path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns(["a", "\nx", "b", "y"])}, {"messages": turns(["a", "b"])}])
+    encoder = _copy(tokenizer_of("qwen"), CHATML)
+    report = prepare_instructions(InstructionDatasetConfig(dataset_name=str(rows)), encoder).report
+    assert report["found_answer_that_merges_with_its_prompt"] == 1
+
+
 def test_a_template_without_a_place_for_thoughts_says_so(tokenizer) -> None:
     with pytest.raises(RowError, match="no place for an answer's reasoning"):
         _copy(tokenizer, CHATML).chat([*turns(["a"]), reasoning("b", "hm")])
