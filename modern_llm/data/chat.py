@@ -181,7 +181,7 @@ class ChatEncoder:
             and message.keys() <= {"role", "content", "train"}
             and message["role"] != "tool"
             and bool(content.strip())
-            and (self.template.constants is None or self.template.constants.search(content) is None)
+            and not self.template.looks_for(content)
         )
 
     def _plan_plain(self, messages: Sequence[Message], asked: bool = False) -> Planned:

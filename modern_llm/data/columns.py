@@ -38,6 +38,7 @@ class RowError(ValueError):
     """What is wrong with a row, by column. It does not know the file and the line: who reads the rows adds them."""
 
 
+_FIELDS = ("prompt_field", "response_field", "chosen_field", "rejected_field")
 _OPENS = frozenset("[{")
 """First letters of a list or a mapping that is written as text."""
 
@@ -82,8 +83,9 @@ class Columns(dict[str, Any]):
                 raise RowError(
                     f"column {name!r} belongs to the row's words: only text can be trained on, so leave such rows out"
                 )
-        fields = (getattr(config, f"{word}_field", None) for word in ("prompt", "response", "chosen", "rejected"))
-        for name in columns.keys() & {*MESSAGE_COLUMNS, *filter(None, fields)}:
+        # asking a model of pydantic for a field that it has not is slow
+        named = [getattr(config, field) for field in _FIELDS if field in type(config).model_fields]
+        for name in columns.keys() & {*MESSAGE_COLUMNS, *filter(None, named)}:
             text = dict.get(columns, name)
             if not isinstance(text, str) or text.lstrip()[:1] not in _OPENS:
                 continue

@@ -73,8 +73,13 @@ class ChatTemplate:
         self.literals = [program.literals for program in programs]
         self.is_opaque = any(program.is_opaque for program in programs)
         words = sorted(set(more).union(*(program.constants for program in programs)), key=len, reverse=True)
+        self._words_of_constants = [word for word in words if not any(other != word and other in word for other in words)]
         self.constants = re.compile(f"({'|'.join(map(re.escape, words))})") if words else None
         """Texts that the program compares with, splits at or replaces, white space aside; a group."""
+
+    def looks_for(self, text: str) -> bool:
+        """Whether a text holds one that the program names."""
+        return any(word in text for word in self._words_of_constants)  # faster than a pattern on long texts
 
     def writes(self, text: str) -> bool:
         """Whether a text is part of what a template writes or looks for."""

@@ -41,6 +41,7 @@ COUNTS = {
     "preference/hh-rlhf-harmless-base/test.jsonl.gz": {
         "rows_read": 2312, "dropped_because_empty_answer": 4, "dropped_because_prompts_differ": 5, "found_over_limit": 20,
         "shorter_answer_chosen": 1282, "longer_answer_chosen": 988, "examples": 2303, "cut_end": 2, "cut_start": 19,
+        "found_prompt_in_both_answers": 5,
     },
     "preference/llamafactory-demos/dpo_en_demo.json": {
         "rows_read": 300, "found_duplicate": 5, "longer_answer_chosen": 130, "shorter_answer_chosen": 169,

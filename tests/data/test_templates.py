@@ -272,7 +272,7 @@ def test_what_a_program_does_with_words_is_seen(tokenizer, program, words) -> No
     encoder = _copy(tokenizer, template)
     messages = turns([words, "yes", words, "no"])
     whole = encoder.tokenizer.apply_chat_template(messages)["input_ids"]
-    if " > " in program and len(words) > 100 or "!=" in program:  # no mark shows that, so it is refused
+    if (" > " in program and len(words) > 100) or "!=" in program:  # no mark shows that, so it is refused
         with pytest.raises(RowError, match="changes the words of this chat"):
             encoder.chat(messages)
     else:
