@@ -123,8 +123,9 @@ def _start(
     plain = _THOUGHT.sub("", opening)
     if plain and gap.startswith(plain):
         is_empty_thought = len(re.findall(_TAG, opening[len(plain) :], re.IGNORECASE)) > 1
+        thinks = re.match(rf"\s*{_TAG}", gap[len(plain) :], re.IGNORECASE) is not None
         # a thought that the prompt only begins is left to the model, which is asked without it then
-        return first - len(gap) + len(plain), is_last and not (is_empty_thought and not gap[len(plain) :].strip())
+        return first - len(gap) + len(plain), is_last and (thinks or not is_empty_thought)
     raise RowError("the tokenizer's chat template opens an answer in another way than its generation prompt does")
 
 

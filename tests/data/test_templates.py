@@ -300,6 +300,23 @@ def _copy(tokenizer: PreTrainedTokenizerFast, template: object) -> ChatEncoder:
     return ChatEncoder(copy)
 
 
+def test_a_call_is_asked_for_as_words_are(tokenizer) -> None:
+    """Gemma 4's prompt has an empty thought, and its chats have none."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+        "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + '</call>' }}{% endfor %}{{ '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    )
+    encoder = _copy(tokenizer, template)
+    call: Message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "rain"}}]}
+    asked = encoder.tokenizer.apply_chat_template(turns(["a"]), add_generation_prompt=True)["input_ids"]
+    for answer, taught in ((call, "<call>rain</call><|im_end|>"), (turns(["a", "b"])[1], "b<|im_end|>")):
+        (planned,) = encoder.samples(Chat([*turns(["a"]), answer]))
+        prompt, words = ([i for part in parts for i in part.ids] for parts in encoder.encode([planned.prompt, planned.answer]))
+        assert prompt == asked
+        assert encoder.tokenizer.decode(words) == taught
+
+
 # Which template
 
 
