@@ -103,6 +103,8 @@ class Columns(dict[str, Any]):
                 value = parse(text.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
+            if isinstance(value, Mapping) and value.get("role") not in (None, "assistant"):
+                return None  # an answer that is about a message
             entries = value if isinstance(value, list) else [value]
             return value if all(self._is_message(entry) or (pairs and isinstance(entry, list)) for entry in entries) else None
         self.found.update(() if pairs else ("found_text_like_messages",))
