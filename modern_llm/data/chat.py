@@ -153,9 +153,12 @@ class ChatEncoder:
 
     def _merges_at(self, text: tuple[str | int, ...], first: Stretch, words: Sequence[str]) -> bool:
         before = Stretch(text, (), False).text(words)
-        # behind a line break only the first letter matters to the patterns that the word cache knows
-        head = _FIRST_LETTER if before.endswith("\n") and self.encoder.splits_words else _FIRST_WORD
-        return self._merges(before, head.match(first.text(words))[0])  # type: ignore[index] - it matches anything
+        answer = first.text(words)
+        if not self.encoder.splits_words:  # what merges may depend on all of the text
+            return self._merge_over_border(before, answer)
+        # of the patterns that the word cache knows, none looks further than a word, and behind a line break than a letter
+        head = _FIRST_LETTER if before.endswith("\n") else _FIRST_WORD
+        return self._merges(before, head.match(answer)[0])  # type: ignore[index] - it matches anything
 
     @functools.cached_property
     def end_token_id(self) -> int:
