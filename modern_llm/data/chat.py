@@ -50,6 +50,10 @@ class ChatEncoder:
         self._plan_of_shapes = functools.lru_cache(maxsize=10_000)(self._plan_shapes)
         self._merges = functools.lru_cache(maxsize=100_000)(self._merge_over_border)
 
+    def counting(self, train_on_reasoning: bool) -> "ChatEncoder":
+        """Return the encoder of this tokenizer by which thoughts count, or do not."""
+        return self if train_on_reasoning == self.train_on_reasoning else ChatEncoder(self.tokenizer, train_on_reasoning)
+
     def chat(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[ChatPart]:
         """A whole chat that ends with an assistant's turn; every assistant's words and their end token count.
 

@@ -43,6 +43,7 @@ CHATS_AT_ONCE = 1000
 def prepare_instructions(config: InstructionDatasetConfig, encoder: ChatEncoder) -> PreparedData:
     """Every chat as one segment of at most `max_length` tokens."""
     report: Report = {}
+    encoder = encoder.counting(config.train_on_reasoning)
     limits = config.model_dump(include=_DECIDING)
     sources = prepare_sources(
         config, "instructions", {"tokenizer": template_fingerprint(encoder.tokenizer), **limits}, encoder.encoder.vocab_size,

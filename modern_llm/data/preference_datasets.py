@@ -50,6 +50,7 @@ Thoughts = tuple[int, int]
 def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder: ChatEncoder) -> PreparedData:
     """Every pair as two segments, chosen first, within the limits of `DPOConfig`."""
     report: Report = {}
+    encoder = encoder.counting(config.train_on_reasoning)
     limits = {
         **dpo.model_dump(include={"max_length", "max_prompt_length", "max_completion_length"}),
         **config.model_dump(include=_DECIDING),

@@ -270,15 +270,13 @@ def prepare(stage: Stage, arguments: Any, tokenizer: PreTrainedTokenizerFast) ->
         )
     if isinstance(arguments, SFTArguments):
         assert arguments.dataset_config is not None
-        return prepare_instructions(
-            arguments.dataset_config, ChatEncoder(tokenizer, arguments.dataset_config.train_on_reasoning)
-        )
+        return prepare_instructions(arguments.dataset_config, ChatEncoder(tokenizer))
     assert isinstance(arguments, DPOArguments)
     assert arguments.preference_config is not None
     return prepare_preferences(
         arguments.preference_config,
         arguments.dpo_config,
-        ChatEncoder(tokenizer, arguments.preference_config.train_on_reasoning),
+        ChatEncoder(tokenizer),
     )
 
 

@@ -67,7 +67,7 @@ def run_dpo(
         opened = open_checkpoint(
             sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config.adapter, preference_config.chat_template
         )
-        encoder = ChatEncoder(opened.tokenizer, preference_config.train_on_reasoning)
+        encoder = ChatEncoder(opened.tokenizer)
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
         named = open_reference(dpo_config, opened.tokenizer, opened.tokenizer_name)
         objective = PreferenceObjective(dpo_config)

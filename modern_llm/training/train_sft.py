@@ -47,7 +47,7 @@ def run_sft(
             sections={"data": dataset_config},
             inputs=stage_inputs("sft", train_config, {"data": dataset_config}, pretrain_checkpoint),
             opened=opened,
-            data=prepare_instructions(dataset_config, ChatEncoder(opened.tokenizer, dataset_config.train_on_reasoning)),
+            data=prepare_instructions(dataset_config, ChatEncoder(opened.tokenizer)),
             objective=LanguageModelingObjective(train_config.z_loss),
         )
 

@@ -3,13 +3,13 @@
 import functools
 import random
 import re
-from pathlib import Path
 
 import pytest
 from helpers import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds_of_tokenizers import KINDS, tokenizer_of
+from templates_sweep import tokenizer_with
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -145,7 +145,7 @@ def test_training_preferences_and_generation_begin_from_one_prompt(kind, name, q
 def test_public_templates_have_the_ids_of_apply_chat_template_and_teach_the_answers(kind, shared_data) -> None:
     chance = random.Random(3)
     for file in sorted((shared_data / "chat_templates").glob("*.jinja")):
-        tokenizer = _with_public(file, kind)
+        tokenizer = tokenizer_with(file.read_text(), kind)
         encoder = ChatEncoder(tokenizer)
         for number in (2, 2, 2, 4, 4, 6):
             words = ["".join(chance.choices(PIECES, k=chance.randrange(1, 5))) for _ in range(number)]
@@ -157,18 +157,6 @@ def test_public_templates_have_the_ids_of_apply_chat_template_and_teach_the_answ
             samples = encoder.encode(encoder.samples(Chat(messages)))
             taught = "".join(tokenizer.decode([i for part in parts if part.scored for i in part.ids]) for parts in samples)
             assert re.findall(r"[qa]\d+z", taught) == [f"a{n}z" for n in range(1, number, 2)], (file.stem, messages)
-
-
-def _with_public(file: Path, kind: str) -> PreTrainedTokenizerFast:
-    template = file.read_text()
-    control = sorted({*re.findall(r"<\|[^|<>\s]{1,40}\|>|<｜[^｜]{1,40}｜>|</?(?:start|end)_of_turn>|<turn\|>", template)})
-    end = next((text for text in ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<turn|>") if text in control), "</s>")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer_of(kind).backend_tokenizer.to_str()), bos_token="<s>", eos_token=end,
-        additional_special_tokens=[text for text in control if text != end], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 # Thoughts
@@ -192,7 +180,7 @@ def test_thoughts_count_unless_told_otherwise(tokenizer, tmp_path) -> None:
 
 def test_thoughts_of_a_pair_need_not_count(tokenizer, tmp_path) -> None:
     sides = {"chosen": "<think>\nhm\n</think>\n\nb", "rejected": "<think>\nso\n</think>\n\nc"}
-    encoder = ChatEncoder(_copy(tokenizer, CHATML).tokenizer, False)
+    encoder = _copy(tokenizer, CHATML)  # the config decides what counts
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", **sides}])
     data = prepare_preferences(PreferenceDatasetConfig(dataset_name=str(rows), train_on_reasoning=False), DPOConfig(), encoder)
     chosen, rejected = data.train[0].segments
