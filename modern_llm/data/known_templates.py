@@ -48,25 +48,22 @@ KNOWN = {
 """Name: template and its control tokens."""
 
 
-def with_chat_template(
-    tokenizer: PreTrainedTokenizerFast, asked: str | None = None, trains_rows: bool = True
-) -> PreTrainedTokenizerFast:
+def with_chat_template(tokenizer: PreTrainedTokenizerFast, asked: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer with a chat template: the one asked for, its own, or one that fits it.
 
     One that fits begins with the tokenizer's begin token where that stands before every text, and is of control tokens that the
-    tokenizer has, else ChatML with two new ones; for adapters, which train no new rows, it is of plain words.
+    tokenizer has, else ChatML with two new ones.
 
     Args:
         tokenizer: to change.
         asked: a name of `KNOWN`, a file, or the template itself.
-        trains_rows: new tokens can be trained.
 
     Raises:
         UserError: there is no such name or file.
     """
     if asked is None and tokenizer.chat_template is not None:
         return tokenizer
-    name = _fitting(tokenizer, trains_rows) if asked is None else _name_of(asked)
+    name = _fitting(tokenizer) if asked is None else _name_of(asked)
     template, tokens = KNOWN.get(name) or (template_text(name), ())
     new = [token for token in tokens if token not in tokenizer.get_vocab()]
     if new:
@@ -97,9 +94,7 @@ def template_text(asked: str) -> str:
         ) from None
 
 
-def _fitting(tokenizer: PreTrainedTokenizerFast, trains_rows: bool) -> str:
-    if not trains_rows:
-        return "plain"
+def _fitting(tokenizer: PreTrainedTokenizerFast) -> str:
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return next((name for name, (_, tokens) in KNOWN.items() if tokens and added.issuperset(tokens)), "chatml")
 

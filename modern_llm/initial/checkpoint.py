@@ -49,10 +49,10 @@ class NamedTokenizer(NamedTuple):
     """Tokens that it had before those of a chat template were added."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, name: str, template: str | None, trains_rows: bool) -> Self:
+    def of(cls, tokenizer: PreTrainedTokenizerFast, name: str, template: str | None) -> Self:
         """Give it the chat template that is asked for, or one where there is none."""
         known = len(tokenizer)
-        return cls(with_chat_template(tokenizer, template, trains_rows), name, known)
+        return cls(with_chat_template(tokenizer, template), name, known)
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,12 @@ class InitialCheckpoint:
                 return owner
         return None
 
-    def tokenizer(self, asked: str | None = None, template: str | None = None, trains_rows: bool = True) -> "NamedTokenizer":
+    def tokenizer(self, asked: str | None = None, template: str | None = None) -> "NamedTokenizer":
         """Load the tokenizer: the folder's own, or that of the model under its adapters.
 
         Args:
             asked: folder or hub id that the user named. Where the checkpoint has a tokenizer too, both must be identical.
             template: chat template that the user asked for, see `with_chat_template`.
-            trains_rows: new tokens can be trained.
 
         Raises:
             UserError: the named tokenizer is another one, or there is none at all, or no such template.
@@ -174,11 +173,11 @@ class InitialCheckpoint:
                     f"{self.where}: only a model is there, and no tokenizer: name one by tokenizer_name, or save its tokenizer "
                     f"in the same folder"
                 )
-            return NamedTokenizer.of(read_tokenizer(asked), asked, template, trains_rows)
+            return NamedTokenizer.of(read_tokenizer(asked), asked, template)
         own = read_tokenizer(owner.name, self.field)
         recorded = (owner.manifest or {}).get("tokenizer_name") or owner.name
         known = tokenizer_fingerprint(own)
-        found = NamedTokenizer.of(own, recorded, template, trains_rows)
+        found = NamedTokenizer.of(own, recorded, template)
         if asked is None or asked in (recorded, owner.name):
             return found
         other = read_tokenizer(asked)

@@ -1,6 +1,7 @@
 """An initial checkpoint with its weights loaded: model and tokenizer that fit each other, ready to be trained."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -11,9 +12,17 @@ from modern_llm.config import UserError
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.initial.checkpoint import InitialCheckpoint, read_initial
 from modern_llm.initial.handoff import check_contract
-from modern_llm.models.adapter_folders import AdapterBase, adapter_hash, adapter_section, check_base, saved_adapter
+from modern_llm.models.adapter_folders import (
+    AdapterBase,
+    adapter_hash,
+    adapter_section,
+    check_base,
+    saved_adapter,
+    saved_token_rows,
+)
 from modern_llm.models.adapter_sum import AdaptersBelow
 from modern_llm.models.build import grow_vocabulary
+from modern_llm.models.token_rows import tables_with
 from modern_llm.models.vocabulary import fill_untrained_rows, template_tokens, untrained_tokens
 
 
@@ -37,6 +46,10 @@ class Opened:
     """What these are saved as an addition to."""
     continued: Path | None = None
     """Folder of the adapters that the run goes on with."""
+    token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Table → tokens whose rows train beside the adapters."""
+    notes: tuple[str, ...] = ()
+    """What was done to it, a sentence each, for the log."""
 
 
 def open_new(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str) -> Opened:
@@ -54,23 +67,23 @@ def open_checkpoint(
 ) -> Opened:
     """Load a checkpoint with its tokenizer; one of ours is checked file by file.
 
-    Where the tokenizer has more tokens than the model has embeddings (a chat template was added to a base model), the new
-    rows get the mean of the old ones, to be trained.
+    Where the chat template has control tokens that no training has reached (it was added to a base model), their rows get the
+    mean of the others, to be trained, beside adapters too.
 
     Args:
         checkpoint: one of our folders, any Hugging Face model or adapter folder, or a hub id.
         tokenizer_name: what the user asked for. None: the checkpoint's own.
         field: name of the checkpoint's argument, for errors.
-        adapter: of the run, which trains no embeddings.
+        adapter: of the run, which trains no embeddings but those of the template's new control tokens.
         chat_template: in place of the tokenizer's own, see `with_chat_template`.
 
     Raises:
-        UserError: whatever `read_initial` and `InitialCheckpoint.load` refuse, another tokenizer than the one asked for, or too
-            few embeddings for adapters.
+        UserError: whatever `read_initial` and `InitialCheckpoint.load` refuse, another tokenizer than the one asked for, or new
+            rows that cannot be trained beside adapters.
     """
     initial = read_initial(checkpoint, field)
     initial.verify()
-    tokenizer, recorded_name, known = initial.tokenizer(tokenizer_name, chat_template, adapter is None)
+    tokenizer, recorded_name, known = initial.tokenizer(tokenizer_name, chat_template)
     if adapter is not None and adapter.continue_training:
         return _open_to_continue(initial, adapter, tokenizer, recorded_name, chat_template)
     below = _below(initial, adapter)
@@ -78,23 +91,26 @@ def open_checkpoint(
     if below is not None and below.obstacle:
         raise _no_sum(initial, below.obstacle, "DoRA" in below.obstacle or "rounded" in below.obstacle)
     check_contract(initial.manifest, model, tokenizer, initial.where, is_template_new=chat_template is not None)
+    weights = None if adapter is None else initial.hash_of(model)  # adapters are added to what is in the folder
     tokens = template_tokens(tokenizer)
     untrained = untrained_tokens(model, tokens, known)
     fill_untrained_rows(model, tokens.values())
     lacking = grow_vocabulary(model, len(tokenizer))
+    weights = weights or initial.hash_of(model)
+    base, rows = None, {}
     if adapter is not None and (untrained or lacking):
-        which = f"{', '.join(untrained)} of its chat template" if untrained else f"{lacking} tokens of its tokenizer"
-        raise UserError(
-            f"{initial.where} has no trained embeddings for {which}, and an adapter leaves new rows as they are: train once "
-            f"without it, or set chat_template: plain"
-        )
-    weights = initial.hash_of(model)
-    base = None
+        if lacking > len(untrained):
+            raise UserError(
+                f"{initial.where} has no trained embeddings for {lacking} tokens of its tokenizer, and an adapter leaves such "
+                f"rows as they are: train once without it"
+            )
+        rows = tables_with(model, sorted(tokens[text] for text in untrained), initial.where)
     if adapter is not None and below is not None:
         base = AdapterBase(initial.root.name, below.root_weights, below.quantize, below)
     elif adapter is not None:
         base = AdapterBase(initial.name, weights, adapter.quantize)
-    return Opened(model, tokenizer, recorded_name, weights, initial, adapter, base)
+    notes = (f"the rows of {', '.join(untrained)} are new, and train with the adapters",) if rows else ()
+    return Opened(model, tokenizer, recorded_name, weights, initial, adapter, base, None, rows, notes)
 
 
 def _below(initial: InitialCheckpoint, adapter: AdapterConfig | None) -> AdaptersBelow | None:
@@ -144,6 +160,8 @@ def _open_to_continue(
     adapter = saved_adapter(folder, where).model_copy(update={"dropout": given.dropout, "quantize": given.quantize})
     model = initial.base.load()
     weights = initial.base.hash_of(model)
+    rows = saved_token_rows(folder, where)
+    grow_vocabulary(model, len(tokenizer) if rows else 0)
     check_base(folder, weights, initial.base.name, initial.field)
     if rounded is not None and given.quantize is None:
         from modern_llm.models.nf4 import round_to_nf4_
@@ -153,4 +171,4 @@ def _open_to_continue(
     check_contract(initial.manifest, model, tokenizer, initial.where, is_template_new=chat_template is not None)
     base = AdapterBase(initial.base.name, weights, rounded)
     begins = adapter_hash(folder, weights, rounded)
-    return Opened(model, tokenizer, tokenizer_name, begins, initial, adapter, base, folder)
+    return Opened(model, tokenizer, tokenizer_name, begins, initial, adapter, base, folder, rows)

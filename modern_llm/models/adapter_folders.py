@@ -28,6 +28,8 @@ from modern_llm.models.adapter_sum import INITS, PREFIX, AdaptersBelow, own_part
 from modern_llm.models.adapters import NAME
 from modern_llm.models.build import grow_vocabulary
 from modern_llm.models.peft_names import peft_without_bitsandbytes
+from modern_llm.models.policy import vocabulary_rows
+from modern_llm.models.token_rows import IN_FILES, token_rows
 
 SETTINGS, WEIGHTS, GENERATION = "adapter_config.json", "adapter_model.safetensors", "generation_config.json"
 """Files of an adapter folder, as peft and transformers name them."""
@@ -44,7 +46,8 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
     # with "auto" peft would ask the hub for the base's config
     state = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
-    return {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
+    rows = {f"{name}{IN_FILES}": table.rows.detach() for name, table in token_rows(model).items()}
+    return {f"{PREFIX}{name}": tensor for name, tensor in (state | rows).items()}
 
 
 def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -67,7 +70,8 @@ def saved_adapter(folder: Path, where: str) -> AdapterConfig:
     """
     settings = read_json(folder / SETTINGS, SETTINGS, unique=False)
     with safe_open(folder / WEIGHTS, "pt") as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - it is no dict
+        names = [name for name in tensors.keys() if not name.endswith(IN_FILES)]  # noqa: SIM118 - it is no dict
+        shapes = {name: tensors.get_slice(name).get_shape() for name in names}
     rank, scale = settings.get("r"), settings.get("lora_alpha")
     kinds = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     strange = next((name for name in shapes if not name.endswith(kinds)), None)
@@ -94,10 +98,30 @@ def saved_adapter(folder: Path, where: str) -> AdapterConfig:
 
 
 _CHANGES_MORE = (
-    "alpha_pattern", "bias", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "use_qalora",
+    "alpha_pattern", "bias", "lora_bias", "modules_to_save", "layer_replication", "use_qalora",
     "alora_invocation_tokens", "velora_config", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config",
 )  # fmt: skip
 """Settings of peft (0.21) by which adapters are more than B A times a scale."""
+
+
+def saved_token_rows(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
+    """Return the tokens whose rows a folder's adapters hold, by the table's name.
+
+    Raises:
+        UserError: the settings do not say which tokens they are of.
+    """
+    asked = read_json(folder / SETTINGS, SETTINGS, unique=False).get("trainable_token_indices")
+    found = {}
+    with safe_open(folder / WEIGHTS, "pt") as tensors:
+        for name in (name for name in tensors.keys() if name.endswith(IN_FILES)):  # noqa: SIM118 - it is no dict
+            table = name.removeprefix(PREFIX).removesuffix(IN_FILES)
+            ends = asked if isinstance(asked, dict) else {table: asked}
+            tokens = next((tokens for end, tokens in ends.items() if table.endswith(end)), None)
+            is_list = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
+            if not is_list or len(tokens) != tensors.get_slice(name).get_shape()[0]:  # type: ignore[arg-type]
+                raise UserError(f"{where}: trainable_token_indices of {SETTINGS} does not say whose rows {name} holds")
+            found[table] = tuple(tokens)  # type: ignore[arg-type]
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,8 +155,10 @@ def save_adapter(
     """
     local = Path(base.checkpoint).resolve() if Path(base.checkpoint).is_dir() else None
     settings: dict[str, Any] = model.peft_config[NAME].to_dict()  # type: ignore[operator, index]
+    rows = {name: table.tokens for name, table in token_rows(model).items()}
     if base.below is not None:
         scale = settings["lora_alpha"] / settings["r"]
+        weights, rows = base.below.with_own_rows(weights, rows)
         weights, layers, rank = base.below.with_own(weights, scale)
         parameters = {*(settings["target_parameters"] or ()), *base.below.parameters}
         modules = [layer for layer in layers if f"{layer}.weight" not in parameters]
@@ -142,6 +168,7 @@ def save_adapter(
     save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
     settings["base_model_name_or_path"] = base.checkpoint if local is None else str(local)
     settings["inference_mode"] = True
+    settings["trainable_token_indices"] = {name: list(tokens) for name, tokens in rows.items()} or None
     text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)  # a set has no order of its own
     (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
     assert model.generation_config is not None
@@ -249,7 +276,7 @@ def merge(base: PreTrainedModel, folder: Path, field: str, below: AdaptersBelow 
     with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws weights before it has read them
         warnings.simplefilter("ignore")
         try:
-            _grow_as_saved(base, folder)
+            _grow_as_saved(base, folder, where)
             wrapped = _wrapped(base, folder)
             if below is not None:
                 below.add(wrapped, quantize)
@@ -260,8 +287,12 @@ def merge(base: PreTrainedModel, folder: Path, field: str, below: AdaptersBelow 
     return merged.requires_grad_(True)
 
 
-def _grow_as_saved(base: PreTrainedModel, folder: Path) -> None:
+def _grow_as_saved(base: PreTrainedModel, folder: Path, where: str) -> None:
     """Give the base as many rows as the tables have that peft saved with the adapters, where these were made larger."""
+    last = max((token for tokens in saved_token_rows(folder, where).values() for token in tokens), default=-1)
+    if last >= 2 * vocabulary_rows(base):
+        raise ValueError(f"trainable_token_indices names token {last}, and the model has {vocabulary_rows(base)} rows")
+    grow_vocabulary(base, last + 1)
     table = next(name for name, m in base.named_modules() if m is base.get_input_embeddings())
     with safe_open(folder / WEIGHTS, "pt") as tensors:
         name = f"{PREFIX}{table}.weight"

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from modern_llm.models.token_rows import IN_FILES
+
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Ways in which peft (0.21) begins a LoRA that leave the model under it as it is; PiSSA, OLoRA, LoftQ and others do not."""
 PREFIX = "base_model.model."
@@ -30,6 +32,8 @@ class AdaptersBelow:
     """How that was rounded when the first of them was trained."""
     parameters: set[str] = field(default_factory=set)
     """Weights of layers that peft reaches as parameters alone."""
+    rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """Table → token → row (hidden,) that trained with them."""
 
     def add(self, wrapped: Any, quantize: str | None) -> None:
         """Take the factors of the adapters in a peft model, before they are merged.
@@ -47,6 +51,9 @@ class AdaptersBelow:
         if self.obstacle:
             return
         for layer, module in wrapped.base_model.model.named_modules():
+            if hasattr(module, "token_adapter") and module.token_adapter.tied_adapter is None:
+                tokens, rows = module.token_adapter.token_indices[name], module.token_adapter.trainable_tokens_delta[name]
+                self.rows.setdefault(layer, {}).update(zip(tokens, rows.detach().float().clone(), strict=True))
             if hasattr(module, "lora_A") and name in module.lora_A:
                 if hasattr(module, "parameter_name"):
                     self.parameters.add(f"{layer}.{module.parameter_name}")
@@ -62,16 +69,35 @@ class AdaptersBelow:
         """Rows of the longest A."""
         return max((len(a) for a, _ in self.factors.values()), default=0)
 
+    def with_own_rows(
+        self, own: dict[str, Tensor], tokens: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+        """Return what a run saves, with the rows of those below, and the tokens of all rows; its own are last and win.
+
+        Args:
+            own: under their names in peft's files.
+            tokens: of the run's own rows, by table.
+        """
+        own, tokens = dict(own), dict(tokens)
+        for table, rows in self.rows.items():
+            name, mine = f"{PREFIX}{table}{IN_FILES}", tokens.get(table, ())
+            others = [token for token in rows if token not in mine]
+            parts = [rows[token][None] for token in others] + ([own[name].cpu()] if mine else [])
+            own[name], tokens[table] = torch.cat(parts), (*others, *mine)
+        return own, tokens
+
     def with_own(self, own: dict[str, Tensor], scale: float) -> tuple[dict[str, Tensor], list[str], int]:
         """The sum with a run's own adapters, these last and as they are, so that a resumed run finds their very bits.
 
         Args:
-            own: A and B of each layer under their names in peft's files.
+            own: A and B of each layer, and rows of tokens, under their names in peft's files.
             scale: alpha / rank of these.
 
         Returns:
             A and B of the sum, its layers, and its rank.
         """
+        rows = {name: tensor for name, tensor in own.items() if name.endswith(IN_FILES)}
+        own = {name: tensor for name, tensor in own.items() if name not in rows}
         own_rank = max(len(tensor) for name, tensor in own.items() if name.endswith(".lora_A.weight"))
         names = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in own} | self.factors.keys()
         found = {}
@@ -88,7 +114,7 @@ class AdaptersBelow:
                 found[a_name][: len(a)], found[b_name][:, : b.shape[1]] = a, b / scale
             if mine[0] is not None and mine[1] is not None:
                 found[a_name][-own_rank:], found[b_name][:, -own_rank:] = mine[0].cpu(), mine[1].cpu()
-        return found, sorted(names), self.rank + own_rank
+        return found | rows, sorted(names), self.rank + own_rank
 
 
 def own_part(saved: Tensor, own: Tensor) -> Tensor:
@@ -104,8 +130,8 @@ def _obstacle(wrapped: Any, name: str) -> str | None:
     if config.init_lora_weights not in INITS:
         return f"one of them changes the weights under it (init_lora_weights={config.init_lora_weights!r})"
     for module_name, module in wrapped.base_model.model.named_modules():
-        if hasattr(module, "modules_to_save") or hasattr(module, "token_adapter"):
-            return f"one of them has weights of its own for {module_name} (modules_to_save or trainable tokens)"
+        if hasattr(module, "modules_to_save"):
+            return f"one of them has weights of its own for {module_name} (modules_to_save)"
         if not hasattr(module, "lora_A"):
             continue
         variant = getattr(module, "lora_variant", {}).get(name)

@@ -5,7 +5,7 @@ product of a layer with its adapter is done here: in one pass over the output, a
 before the first step, also in bf16. peft and bitsandbytes are imported where they are needed, since they take a while to load.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import did_you_mean
 from modern_llm.models.linear_layers import linear_layers, used_otherwise
 from modern_llm.models.peft_names import Way, peft_without_bitsandbytes, ways_into_peft
+from modern_llm.models.token_rows import add_token_rows, token_rows
 
 NAME = "default"
 """What peft calls an adapter that has no name."""
@@ -28,10 +29,18 @@ HOLDER = "held"
 
 
 @peft_without_bitsandbytes()
-def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> dict[str, str]:
+def add_adapter(
+    model: PreTrainedModel, config: AdapterConfig, seed: int, rows: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, str]:
     """Freeze a model and put adapters into it, which change nothing before their first update.
 
     Adapter weights are fp32 and a pure function of the seed; no global random state moves. The model must be on the CPU.
+
+    Args:
+        model: changed in place.
+        config: of the adapters.
+        seed: of their weights.
+        rows: tokens whose rows train too, by the table's name.
 
     Returns:
         Layers that are asked for and get no adapter, each with the reason.
@@ -71,6 +80,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int) -> dic
         layer.lora_variant[NAME] = _Dora if config.kind == "dora" else _Lora
         if config.kind == "dora":
             _start_at_own_length(layer)
+    if rows:
+        add_token_rows(model, rows)
     return left_out
 
 
@@ -123,14 +134,19 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is what it was before it got adapters; a model without adapters is left as it is."""
-    layers = adapter_layers(model)
-    for layer in layers:
-        layer.enable_adapters(False)
+    layers, tables = adapter_layers(model), token_rows(model).values()
+
+    def set_enabled(enabled: bool) -> None:
+        for layer in layers:
+            layer.enable_adapters(enabled)
+        for rows in tables:
+            rows.enabled = enabled
+
+    set_enabled(False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        set_enabled(True)
 
 
 def state_without_adapters(model: nn.Module) -> dict[str, Tensor]:
@@ -141,7 +157,10 @@ def state_without_adapters(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         layer = next((prefix for prefix in layers if name.startswith(prefix)), "")
         inner = name.removeprefix(layer)
-        if not layer or inner.startswith("base_layer."):
+        table, end, rest = name.partition(".parametrizations.weight.")
+        if end:
+            found |= {f"{table}.weight": tensor} if rest == "original" else {}
+        elif not layer or inner.startswith("base_layer."):
             found[layer + inner.removeprefix("base_layer.")] = tensor
     return found
 

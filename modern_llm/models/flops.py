@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modern_llm.layout import PackedRow
@@ -85,7 +85,7 @@ def training_cost(model: PreTrainedModel) -> TrainingCost:
         learning += entries if parameter.requires_grad else 0.0
     passes = 2 if body_learns else 1
     projection = head.weight
-    assert isinstance(projection, nn.Parameter)
+    assert isinstance(projection, Tensor)
     rows, hidden = projection.shape
     head_passes = passes + (1 if projection.requires_grad else 0)
     attention = 3.0 if body_learns else 1.0

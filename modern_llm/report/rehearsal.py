@@ -212,8 +212,7 @@ def _tokenizer_of(arguments: Any) -> PreTrainedTokenizerFast:
         return load_tokenizer(arguments.tokenizer_name or "")
     data = arguments.preference_config if isinstance(arguments, DPOArguments) else arguments.dataset_config
     assert data is not None
-    template, trains_rows = data.chat_template, arguments.train_config.adapter is None
-    return _initial_of(arguments).tokenizer(arguments.tokenizer_name, template, trains_rows).tokenizer
+    return _initial_of(arguments).tokenizer(arguments.tokenizer_name, data.chat_template).tokenizer
 
 
 def _initial_of(arguments: Any) -> InitialCheckpoint:

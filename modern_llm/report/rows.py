@@ -88,7 +88,7 @@ def pipeline_tokenizer(config: PipelineConfig) -> PreTrainedTokenizerFast:
         assert config.start_checkpoint is not None
         first = config.training(config.stages()[0])
         initial = read_initial(config.start_checkpoint, "start_checkpoint")
-        return initial.tokenizer(first.tokenizer_name, trains_rows=first.adapter is None).tokenizer
+        return initial.tokenizer(first.tokenizer_name).tokenizer
     name = config.pretrain.train.tokenizer_name
     if name is not None:
         return load_tokenizer(name)

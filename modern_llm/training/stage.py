@@ -168,7 +168,7 @@ def train_stage(
         state = None if found is None else load_state(found)
         policy, left_out = _make_policy(opened, config, data, device, drop_out, precision)
         with _open_log(config, 0 if state is None else state["step"]) as log:
-            for note in () if opened.initial is None else opened.initial.notes:
+            for note in (*(() if opened.initial is None else opened.initial.notes), *opened.notes):
                 log.message(note)
             _describe(log, policy, data, config, f"{device} {why}", found, damaged)
             for line in describe_left_out(left_out):
@@ -289,7 +289,7 @@ def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> dict
             f"adapter.dropout={config.adapter.dropout} has no effect where disable_dropout switches all dropout off: leave it "
             f"out, or set dpo_config.disable_dropout: false"
         )
-    left_out = add_adapter(opened.model, opened.adapter, config.seed)
+    left_out = add_adapter(opened.model, opened.adapter, config.seed, opened.token_rows)
     ParameterGroups(opened.model).check(config)
     return left_out
 

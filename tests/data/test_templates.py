@@ -343,5 +343,3 @@ def test_a_tokenizer_without_a_template_gets_one_of_tokens_that_it_has() -> None
             tokenizer_object=Tokenizer.from_str(text), eos_token="<|endoftext|>", additional_special_tokens=list(control)
         )
         assert with_chat_template(tokenizer).chat_template == expected
-    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()), eos_token="<|endoftext|>")
-    assert with_chat_template(bare, trains_rows=False).chat_template == PLAIN
