@@ -59,6 +59,14 @@ def log_line(step: int, values: dict[str, float]) -> str:
     return " ".join(parts)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as people say it."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
 class RunLog:
     """Prints, draws the progress bar on a terminal, appends to `metrics.jsonl` and feeds trackers; rank 0 only."""
 

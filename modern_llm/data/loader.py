@@ -146,6 +146,21 @@ def steps(
         epoch, index = epoch + 1, 0
 
 
+def visited(examples: Mixture, batch_size: int, seed: int, num_steps: int) -> np.ndarray:
+    """Numbers of the examples that so many steps from the beginning draw, each once, in the order of the first visit."""
+    per_epoch = -(-examples.epoch_size // batch_size)
+    seen = np.zeros(len(examples), dtype=bool)
+    found = []
+    for epoch in range(-(-num_steps // per_epoch)):
+        drawn = examples.epoch_order(seed, epoch)[: (num_steps - epoch * per_epoch) * batch_size]
+        fresh = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+        found.append(fresh[~seen[fresh]])
+        seen[fresh] = True
+        if seen.all():
+            break
+    return np.concatenate([np.zeros(0, dtype=np.int64), *found])
+
+
 def _streamed(
     stream: Stream,
     batch_size: int,

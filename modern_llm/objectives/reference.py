@@ -1,8 +1,9 @@
-"""The reference of preference training: asked once for every pair, before the first step, and kept on disk.
+"""The reference of preference training: asked once for every pair that a run will visit, and kept on disk.
 
-What is kept does not depend on the loss, β or the learning rate, so every run from the same start on the same pairs finds it
-there. The key is a hash of all that decides a number: the reference's weights, the pairs' tokens, the precision, the attention
-path, the kind of device, and the code and libraries that compute it; never a name or a date.
+What is kept does not depend on the loss, β, the learning rate or the length of a run, so every run from the same start on the
+same pairs finds it there, and asks only for pairs that no run has visited. The key is a hash of all that decides a number: the
+reference's weights, the pairs' tokens, the precision, the attention path, the kind of device, and the code and libraries that
+compute it; never a name or a date. Which other pairs a pair was asked with changes its numbers by rounding alone.
 
 A table is kept in parts, each written whole and renamed, so a run that is killed half-way goes on where it was, and several
 ranks or runs can fill one table at once. No random number is drawn.
@@ -10,21 +11,24 @@ ranks or runs can fill one table at once. No random number is drawn.
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from modern_llm import distributed
 from modern_llm.checkpoint import storing, weights_hash
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
 from modern_llm.data.store import cache_folder, remove_litter_of_the_dead, scratch_name
+from modern_llm.metrics import duration
 from modern_llm.models.adapters import adapter_layers, state_without_adapters
 from modern_llm.models.policy import Policy
 from modern_llm.objectives.answers import answer_scores
@@ -32,74 +36,100 @@ from modern_llm.precision import autocast
 
 NAMES = ("_name_or_path", "transformers_version")
 """Fields of a model's config that change no number."""
-PART = 512
-"""Pairs to a part: what a killed run loses at most."""
+PART = {"cpu": 64, "cuda": 512}
+"""Pairs that are asked together, in the order in which training visits them: what a killed run loses at most."""
 ROW_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a packed row; pairs of like length go together, whatever order training has."""
+TOLD_EVERY = 10.0
+"""Seconds between two lines that say how far it is."""
+
+Tell = Callable[[str], None]
+"""Where a line for the user goes."""
 
 
-def with_reference(data: PreparedData, reference: Policy, precision: torch.dtype) -> tuple[PreparedData, int]:
-    """Every pair with the reference's log-probs, and how many pairs had to be computed for it.
+def with_reference(
+    data: PreparedData, reference: Policy, precision: torch.dtype, visited: np.ndarray | None = None, tell: Tell = print
+) -> tuple[PreparedData, int]:
+    """The pairs with the reference's log-probs, and how many pairs had to be computed for it.
 
     Args:
-        data: pairs.
+        data: pairs; every one that is held out is asked about.
         reference: the frozen start, or the policy itself before its first step; left in the mode in which it came.
         precision: type of its matrix products, the same as the policy's.
+        visited: numbers of the training pairs to ask about, in that order; the others have NaN. None: all.
+        tell: told how far it is, every ten seconds.
     """
     on = any(not layer.disable_adapters for layer in adapter_layers(reference.model))  # a run goes on with its start's
     weights = weights_hash(reference.model if on else state_without_adapters(reference.model))
     assert isinstance(data.train, Mixture)
     assert isinstance(data.evaluation, Mixture)
-    train, computed = _table(data.train, reference, precision, weights)
-    evaluation, more = _table(data.evaluation, reference, precision, weights)
+    numbers = np.arange(len(data.train)) if visited is None else visited
+    train, computed = _table(data.train, numbers, reference, precision, weights, tell)
+    evaluation, more = _table(data.evaluation, np.arange(len(data.evaluation)), reference, precision, weights, tell)
     known = (Referenced(data.train, train.numpy()), Referenced(data.evaluation, evaluation.numpy()))
     return PreparedData(*known, report=data.report), computed + more
 
 
-def _table(examples: Mixture, reference: Policy, precision: torch.dtype, weights: str) -> tuple[Tensor, int]:
-    if not len(examples):
-        return torch.zeros(0, 2, 2), 0
+def asked_now(examples: list[Example], reference: Policy, precision: torch.dtype) -> list[Example]:
+    """A few pairs with the reference's log-probs; nothing is read or kept."""
+    table = _compute(examples, reference, precision)
+    return [replace(example, reference=row) for example, row in zip(examples, table.numpy(), strict=True)]
+
+
+def _table(
+    examples: Mixture, wanted: np.ndarray, reference: Policy, precision: torch.dtype, weights: str, tell: Tell
+) -> tuple[Tensor, int]:
+    if not len(wanted):
+        return torch.full((len(examples), 2, 2), float("nan")), 0
     folder = cache_folder() / f"reference-{_key(examples, reference, precision, weights)}"
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_litter_of_the_dead(folder)
-    starts = range(0, len(examples), PART)
-    mine = [start for number, start in enumerate(starts) if number % distributed.world_size() == distributed.rank()]
-    computed = distributed.together(_fill)(folder, mine, examples, reference, precision)
-    # what another rank wrote is missing here if the ranks do not share a file system
-    computed += distributed.together(_fill)(folder, list(starts), examples, reference, precision)
-    parts = [_read(folder / _name(start), min(PART, len(examples) - start)) for start in starts]
-    found = [part for part in parts if part is not None]
-    assert len(found) == len(parts), f"{folder}: a part vanished while it was read"
-    return torch.cat(found), computed
+    computed = 0
+    # the second time what another rank wrote is missing, if the ranks do not share a file system
+    for step in (distributed.world_size(), 1):
+        _, known = _read_all(folder, len(examples))
+        missing, size = wanted[~known[wanted]], PART[reference.device.type]
+        parts = [missing[start : start + size] for start in range(0, len(missing), size)]
+        mine = parts[distributed.rank() % step :: step]
+        computed += distributed.together(_fill)(folder, mine, examples, reference, precision, tell)
+    table, known = _read_all(folder, len(examples))
+    assert bool(known[wanted].all()), f"{folder}: a part vanished while it was read"
+    return table, computed
 
 
-def _fill(folder: Path, starts: list[int], examples: Mixture, reference: Policy, precision: torch.dtype) -> int:
-    """Compute the parts that are not there; returns how many pairs that were."""
-    wanted = {start: min(PART, len(examples) - start) for start in starts}
-    missing = [start for start, size in wanted.items() if _read(folder / _name(start), size) is None]
-    with tqdm(total=sum(wanted[s] for s in missing), desc="reference", unit=" pairs", disable=None, leave=False) as bar:
-        for start in missing:
-            part = [replace(examples[start + i], row=i) for i in range(wanted[start])]
-            table = _compute(part, reference, precision)
-            scratch = folder / scratch_name(_name(start))
-            with storing(folder):
-                try:
-                    save_file({"logprobs": table}, scratch, metadata={"sha256": _sha256(table)})
-                    scratch.replace(folder / _name(start))
-                finally:
-                    scratch.unlink(missing_ok=True)
-            bar.update(wanted[start])
-    return sum(wanted[start] for start in missing)
+def _fill(
+    folder: Path, parts: list[np.ndarray], examples: Mixture, reference: Policy, precision: torch.dtype, tell: Tell
+) -> int:
+    """Compute these parts; returns how many pairs they hold."""
+    total, done, began = sum(map(len, parts)), 0, time.monotonic()
+    told = began
+    for part in parts:
+        pairs = np.sort(part)  # of pairs that are as long, the first of the data set comes first
+        table = _compute([examples[int(i)] for i in pairs], reference, precision)
+        tensors = {"pairs": torch.from_numpy(pairs), "logprobs": table}
+        scratch = folder / scratch_name(_name(pairs))
+        with storing(folder):
+            try:
+                save_file(tensors, scratch, metadata={"sha256": _sha256(tensors)})
+                scratch.replace(folder / _name(pairs))
+            finally:
+                scratch.unlink(missing_ok=True)
+        done, now = done + len(pairs), time.monotonic()
+        if now - told >= TOLD_EVERY and done < total:
+            rate, told = done / (now - began), now
+            tell(f"reference: {done} of {total} pairs, {rate:.1f} a second, {duration((total - done) / rate)} left")
+    return total
 
 
 @torch.no_grad()
-def _compute(part: list[Example], reference: Policy, precision: torch.dtype) -> Tensor:
+def _compute(pairs: list[Example], reference: Policy, precision: torch.dtype) -> Tensor:
     """(pairs, 2, 2) fp32 on the host."""
-    table = torch.full((len(part), 2, 2), float("nan"))
+    table = torch.full((len(pairs), 2, 2), float("nan"))
     modes = {module: module.training for module in reference.modules()}
     reference.eval()
-    part.sort(key=lambda example: -example.num_tokens)  # so that the pairs of a row are alike; `row` says where each belongs
+    # so that the pairs of a row are alike; `row` says where each belongs
+    part = sorted((replace(pair, row=i) for i, pair in enumerate(pairs)), key=lambda pair: -pair.num_tokens)
     for batch in micro_batches(part, None, ROW_TOKENS[reference.device.type]):
         with autocast(precision, reference.device):
             scores = answer_scores(reference, batch.row.to(reference.device))
@@ -109,22 +139,29 @@ def _compute(part: list[Example], reference: Policy, precision: torch.dtype) -> 
     return table
 
 
-def _name(start: int) -> str:
-    return f"{start:09d}.safetensors"
+def _name(pairs: np.ndarray) -> str:
+    return f"{hashlib.sha256(pairs.tobytes()).hexdigest()[:32]}.safetensors"
 
 
-def _read(path: Path, size: int) -> Tensor | None:
-    """A part, or None where it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            table, wanted = file.get_tensor("logprobs"), (file.metadata() or {})["sha256"]
-    except (FileNotFoundError, SafetensorError, KeyError):
-        return None
-    return table if table.shape == (size, 2, 2) and table.dtype == torch.float32 and _sha256(table) == wanted else None
+def _read_all(folder: Path, size: int) -> tuple[Tensor, np.ndarray]:
+    """(size, 2, 2) what all parts say, and (size,) which pairs they speak of; a part that is damaged is not there."""
+    table, known = torch.full((size, 2, 2), float("nan")), np.zeros(size, dtype=bool)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("pairs", "logprobs")}
+                wanted = (file.metadata() or {})["sha256"]
+        except (FileNotFoundError, SafetensorError, KeyError):
+            continue
+        pairs, logprobs = tensors.values()
+        fits = logprobs.shape == (len(pairs), 2, 2) and logprobs.dtype == torch.float32 and pairs.dtype == torch.int64
+        if fits and _sha256(tensors) == wanted:
+            table[pairs], known[pairs] = logprobs, True
+    return table, known
 
 
-def _sha256(table: Tensor) -> str:
-    return hashlib.sha256(table.numpy().tobytes()).hexdigest()
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()
 
 
 def _key(examples: Mixture, reference: Policy, precision: torch.dtype, weights: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from modern_llm.metrics import duration
 from modern_llm.report.plan import Plan, StagePlan
 
 
@@ -73,14 +74,6 @@ def lines(stage: StagePlan, ranks: int) -> dict[str, str]:
 def gigabytes(size: float) -> str:
     """Of 2^30 bytes."""
     return f"{size / 2**30:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say it."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _parts(parts: dict, unit) -> str:

@@ -19,6 +19,8 @@ from modern_llm.training.in_backward import freed_gradients
 
 EXAMPLES = 4
 """Most examples of the trial batch; never more than a micro-batch, which must fit into memory."""
+TRIAL_TOKENS = 1024
+"""With so many tokens it is large enough: a large model takes its time."""
 CHECKED_EXAMPLES = 2
 """Examples of the first batch, its longest, on which packed or padded rows are compared with the unwrapped model."""
 SHOWN_CHARACTERS = 160
@@ -28,7 +30,7 @@ SHOWN_CHARACTERS = 160
 def preflight(
     policy: Policy,
     objective: Objective,
-    data: PreparedData,
+    examples: list[Example],
     tokenizer: PreTrainedTokenizerFast,
     precision: torch.dtype,
     config: TrainingConfig,
@@ -36,12 +38,20 @@ def preflight(
 ) -> None:
     """Show what the model is taught and try one batch, without changing any weight or any random state.
 
+    Args:
+        policy: before its first step.
+        objective: of the run.
+        examples: `trial_examples`, with what the objective needs of a reference; none are not looked at.
+        tokenizer: for showing them.
+        precision: type of matrix products.
+        config: resolved.
+        log: told what was found.
+
     Raises:
         UserError: the batch cannot train the model, with the reason.
     """
-    if not isinstance(data.train, Sequence):  # a stream: looking at it would use it up
+    if not examples:
         return
-    examples = [data.train[i] for i in range(min(config.micro_batch_size or 1, EXAMPLES, len(data.train)))]
     for segment in {id(s): s for example in examples[:1] for s in example.segments[:2]}.values():
         log.message(f"teaches {shown(segment, tokenizer)}")
     _check_begin_token(examples, tokenizer)
@@ -67,6 +77,18 @@ def preflight(
     elif norm == 0 and batch.counts["tokens"]:
         raise UserError("the gradient of the first examples is 0: no parameter learns anything from this loss")
     log.message(f"first look: loss {value:.6f}, gradient {norm:.4g}, {batch.counts['tokens']} tokens count")
+
+
+def trial_examples(data: PreparedData, config: TrainingConfig) -> list[Example]:
+    """The examples of the trial batch; none of a stream, which a look would use up."""
+    if not isinstance(data.train, Sequence):
+        return []
+    found: list[Example] = []
+    for i in range(min(config.micro_batch_size or 1, EXAMPLES, len(data.train))):
+        found.append(data.train[i])
+        if sum(example.num_tokens for example in found) >= TRIAL_TOKENS:
+            break
+    return found
 
 
 def longest_rows(data: PreparedData, config: TrainingConfig, vocabulary: int) -> list[Segment]:

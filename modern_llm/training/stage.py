@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -18,7 +19,8 @@ from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.io import plain
 from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage
-from modern_llm.data.prepared import PreparedData
+from modern_llm.data.loader import visited
+from modern_llm.data.prepared import Example, Mixture, PreparedData
 from modern_llm.data.tokenizer import tokenizer_fingerprint
 from modern_llm.exit_codes import Stopped, StorageError
 from modern_llm.initial.checkpoint import load_model, read_initial
@@ -38,7 +40,7 @@ from modern_llm.precision import choose_precision
 from modern_llm.training.inputs import key_of
 from modern_llm.training.loop import Loop
 from modern_llm.training.optim import ParameterGroups
-from modern_llm.training.preflight import longest_rows, preflight
+from modern_llm.training.preflight import longest_rows, preflight, trial_examples
 from modern_llm.training.resume import agreed_checkpoint
 from modern_llm.training.saving import Saver
 from modern_llm.training.speed import foreseen_seconds
@@ -103,8 +105,21 @@ def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast, tokenizer
     return opened.model
 
 
-Prepare = Callable[[Policy, PreparedData, torch.dtype, RunLog], PreparedData]
-"""What a stage does with the policy before its first step: (policy at the start, data, precision, log) → data."""
+class Reference(Protocol):
+    """What a stage compares its policy with."""
+
+    def look(self, policy: Policy, examples: list[Example], precision: torch.dtype) -> list[Example]:
+        """A few examples with what it says of them."""
+        ...
+
+    def ask(self, policy: Policy, data: PreparedData, visited: np.ndarray, precision: torch.dtype, log: RunLog) -> PreparedData:
+        """The data with what it says of the training examples of these numbers and of all that are held out.
+
+        The policy is as it begins.
+        """
+        ...
+
+
 Conclude = Callable[[Loop], dict[str, float]]
 """What a stage measures at the end, its result on disk: (loop without optimizer state, the final weights in it) → metrics."""
 
@@ -118,7 +133,7 @@ def train_stage(
     data: PreparedData,
     objective: Objective,
     drop_out: bool = True,
-    prepare: Prepare | None = None,
+    reference: Reference | None = None,
     conclude: Conclude | None = None,
     reference_weights: str | None = None,
 ) -> Path:
@@ -135,7 +150,7 @@ def train_stage(
         data: examples.
         objective: what is optimised.
         drop_out: whether the model's dropout is on.
-        prepare: what to do before the first step, also of a resumed run; None: nothing.
+        reference: asked before the first step, also of a resumed run. None: the objective needs none.
         conclude: what to measure at the end; None: nothing.
         reference_weights: hash of another reference than the start, for the record.
 
@@ -174,19 +189,29 @@ def train_stage(
             for line in describe_left_out(left_out):
                 log.message(line)
             log.message(_compile(policy, stage, config, data, precision))
-            data = data if prepare is None else prepare(policy, data, precision, log)
-            if found is not None:
-                _load_weights(model, found)
             manifest = {**record, "inputs": inputs, "key": key_of(inputs)}
             saver = Saver(model, tokenizer, manifest, config, log, opened.adapter_base, found)
             loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint, saver.check)
             if state is None:
-                preflight(policy, loop.objective, data, tokenizer, precision, config, log)
-            else:
+                trial = trial_examples(data, config)
+                trial = trial if reference is None else reference.look(policy, trial, precision)
+                preflight(policy, loop.objective, trial, tokenizer, precision, config, log)
+            if reference is not None:
+                loop.data = reference.ask(policy, data, _visited(data, config), precision, log)
+            if found is not None and state is not None:
+                _load_weights(model, found)
                 loop.load(state)
             with saver, StopRequest(config.max_minutes, began) as stop:
                 _run(loop, saver, final, stop, conclude)
     return final
+
+
+def _visited(data: PreparedData, config: TrainingConfig) -> np.ndarray:
+    """Numbers of the training examples that the run will draw, in order."""
+    assert isinstance(data.train, Mixture)
+    assert config.batch_size is not None
+    assert config.max_steps is not None
+    return visited(data.train, config.batch_size, config.seed, config.max_steps)
 
 
 def _open_log(config: TrainingConfig, start: int) -> RunLog:

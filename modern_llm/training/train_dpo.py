@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from modern_llm.checkpoint import weights_hash
 from modern_llm.config import DPOConfig, PreferenceDatasetConfig, StrictModel, TrainingConfig, UserError
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.preference_datasets import prepare_preferences
-from modern_llm.data.prepared import PreparedData
+from modern_llm.data.prepared import Example, PreparedData
 from modern_llm.evaluation.drift import kl_on_prompts
 from modern_llm.evaluation.generation import Answer, Ask, answer_logprobs
 from modern_llm.initial.opened import Opened, open_checkpoint
@@ -24,7 +25,7 @@ from modern_llm.metrics import RunLog
 from modern_llm.models.adapters import adapters_off, keep_frozen_in
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
-from modern_llm.objectives.reference import with_reference
+from modern_llm.objectives.reference import asked_now, with_reference
 from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.loop import Loop
 from modern_llm.training.stage import check_early, dataset_or_default, open_reference, train_stage
@@ -82,7 +83,7 @@ def run_dpo(
             data=data,
             objective=objective,
             drop_out=not dpo_config.disable_dropout,
-            prepare=reference.ask,
+            reference=reference,
             conclude=partial(reference.drift, encoder) if data.evaluation else None,
             reference_weights=None if named is None else weights_hash(named),
         )
@@ -108,24 +109,37 @@ class Reference:
         """Whether the start is the policy with its adapters switched off."""
         self.other: Policy | None = None
 
-    def ask(self, policy: Policy, data: PreparedData, precision: torch.dtype, log: RunLog) -> PreparedData:
-        """The pairs with the log-probs of their answers, where the loss compares with them and the reference stays."""
-        if self.named is not None:
-            self.named.to(policy.device)  # type: ignore[arg-type]
-            self.other = frozen(Policy(self.named, policy.attention))
-        if not self.objective.config.needs_reference:
-            return data
-        if self.objective.config.sync_ref_model:
-            self.objective.live = frozen(copy.deepcopy(policy))
-            return data
+    def look(self, policy: Policy, examples: list[Example], precision: torch.dtype) -> list[Example]:
+        """A few pairs with the log-probs of their answers, where the loss compares with them and the reference stays."""
+        with self._at_rest(policy) as asked:
+            return examples if asked is None else asked_now(examples, asked, precision)
+
+    def ask(self, policy: Policy, data: PreparedData, visited: np.ndarray, precision: torch.dtype, log: RunLog) -> PreparedData:
+        """The pairs with the same, from disk where some run has asked before."""
         began = time.perf_counter()
-        with adapters_off(policy.model) if self.is_without_adapters else nullcontext():
-            data, computed = with_reference(data, self.other or policy, precision)
+        with self._at_rest(policy) as asked:
+            if asked is None:
+                return data
+            data, computed = with_reference(data, asked, precision, visited, log.message)
         if computed:
             log.message(f"reference log-probs of {computed} pairs in {time.perf_counter() - began:.1f} s, kept for other runs")
         else:
             log.message("reference log-probs found on disk")
         return data
+
+    @contextmanager
+    def _at_rest(self, policy: Policy) -> Iterator[Policy | None]:
+        """Inside, the model to ask once and for all; None: the loss needs none, or asks one that moves."""
+        if self.named is not None and self.other is None:
+            self.named.to(policy.device)  # type: ignore[arg-type]
+            self.other = frozen(Policy(self.named, policy.attention))
+        if self.objective.config.sync_ref_model and self.objective.live is None:
+            self.objective.live = frozen(copy.deepcopy(policy))
+        if not self.objective.config.needs_reference or self.objective.config.sync_ref_model:
+            yield None
+        else:
+            with adapters_off(policy.model) if self.is_without_adapters else nullcontext():
+                yield self.other or policy
 
     def drift(self, encoder: ChatEncoder, loop: Loop) -> dict[str, float]:
         """How far training has moved the policy from it on held-out prompts."""

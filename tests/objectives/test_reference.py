@@ -1,7 +1,9 @@
 """The reference's log-probs on disk: each belongs to its pair, is computed once, and is never taken for another's."""
 
 import inspect
+import itertools
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,14 +27,17 @@ from helpers import (
     weights,
     write_jsonl,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import pair
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from tolerances import TOKEN_LOGPROB
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig, UserError
+from modern_llm.data.loader import steps, visited
 from modern_llm.data.prepared import Example, InMemory, Mixture, PreparedData, mixture_of
 from modern_llm.data.store import CACHE_VARIABLE, cache_folder
 from modern_llm.exit_codes import StorageError
@@ -42,6 +47,7 @@ from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import reference as reference_module
 from modern_llm.objectives.answers import answer_scores
 from modern_llm.objectives.reference import with_reference
+from modern_llm.training import stage as stage_module
 from modern_llm.training.train_dpo import run_dpo
 
 PAIRS, HELD_OUT, PART = 11, 3, 4
@@ -52,7 +58,7 @@ PAIRS, HELD_OUT, PART = 11, 3, 4
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of the test's own, small parts, and rows that do not hold all pairs of a part."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(reference_module, "PART", PART)
+    monkeypatch.setattr(reference_module, "PART", {"cpu": PART})
     monkeypatch.setattr(reference_module, "ROW_TOKENS", {"cpu": 60})
 
 
@@ -87,9 +93,9 @@ def ask(policy: Policy, data: PreparedData | None = None, precision: torch.dtype
 
 
 def part_files() -> list[Path]:
-    """Parts of the training pairs' table."""
+    """Parts of the training pairs' table, by the pairs they hold."""
     folder = next(folder for folder in cache_folder().glob("reference-*") if len(list(folder.iterdir())) > 1)
-    return sorted(folder.iterdir())
+    return sorted(folder.iterdir(), key=lambda path: load_file(path)["pairs"].tolist())
 
 
 @contextmanager
@@ -180,8 +186,8 @@ def rows_of_text(folder: Path, rows: int = len(QUESTIONS)) -> PreferenceDatasetC
 
 
 def train(start: Path, folder: Path, dpo: DPOConfig | None = None, rows: int = len(QUESTIONS), **more: Any) -> Path:
-    settings = {"max_steps": 2, "batch_size": 3, "learning_rate": 1e-2, "mixed_precision": "fp32", **more}
-    config = TrainingConfig(output_dir=folder, run_name="run", **settings)
+    given = {"max_steps": 2, "batch_size": 3, "learning_rate": 1e-2, "mixed_precision": "fp32", **more}
+    config = TrainingConfig(output_dir=folder, run_name="run", **given)
     return run_dpo(start, config, dpo or DPOConfig(), rows_of_text(folder.parent, rows))
 
 
@@ -218,12 +224,80 @@ def test_a_resumed_run_asks_its_start_and_not_where_it_stopped(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the table is gone in the meantime."""
-    settings = {"max_steps": 4, "save_every": 2}
-    straight = weights(train(start, tmp_path / "straight", **settings))
+    saved = {"max_steps": 4, "save_every": 2}
+    straight = weights(train(start, tmp_path / "straight", **saved))
     with stopped_after_first_save():
-        train(start, tmp_path / "resumed", **settings)
+        train(start, tmp_path / "resumed", **saved)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "empty"))
-    assert identical(weights(train(start, tmp_path / "resumed", **settings)), straight)
+    assert identical(weights(train(start, tmp_path / "resumed", **saved)), straight)
+
+
+def test_a_run_asks_about_the_pairs_that_it_visits_in_their_order_and_a_longer_one_about_the_rest(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pairs of six a step; another loss, rate, micro-batch or epoch asks about none twice."""
+    asked: list[list[int]] = []
+    original = reference_module._compute
+
+    def compute(pairs: list[Example], *rest: Any) -> Tensor:
+        asked.append([pair.row for pair in pairs])
+        return original(pairs, *rest)
+
+    monkeypatch.setattr(reference_module, "_compute", compute)
+
+    def pairs_asked(name: str, dpo: DPOConfig | None = None, **more: Any) -> list[int]:
+        asked.clear()
+        train(start, tmp_path / name, dpo, **more)
+        return [row for pairs in asked[1:] for row in pairs]  # the first are the trial batch's
+
+    first = pairs_asked("short", max_steps=1)
+    order = mixture_of(some_pairs(len(QUESTIONS))).epoch_order(0, 0).tolist()
+    assert first == sorted(order[:3])
+    assert "reference log-probs of 3 pairs in" in capsys.readouterr().out
+    assert pairs_asked("other", DPOConfig(loss_type="ipo"), max_steps=1, learning_rate=1e-4, micro_batch_size=1) == []
+    assert "reference log-probs found on disk" in capsys.readouterr().out
+    assert sorted(first + pairs_asked("longer", max_steps=2)) == list(range(len(QUESTIONS)))
+    assert pairs_asked("two epochs", max_steps=4, seed=9) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([0.3, 0.5, 1.0, 2.0, 2.5])), min_size=1, max_size=3),
+    batch_size=st.integers(1, 12), num_steps=st.integers(1, 9), seed=st.integers(0, 3),
+)  # fmt: skip
+def test_the_visited_pairs_are_those_that_the_steps_draw(sizes: Any, batch_size: int, num_steps: int, seed: int) -> None:
+    parts = []
+    for number, (size, _) in enumerate(sizes):
+        parts.append(InMemory([replace(pair, row=100 * number + i) for i, pair in enumerate(some_pairs(size))]))
+    mixture = Mixture(parts, [weight for _, weight in sizes])
+    batches = itertools.islice(steps(mixture, batch_size, batch_size, seed), num_steps)
+    drawn = [row for batch in batches for micro_batch in batch.micro_batches for row in micro_batch.row_ids]
+    rows = [mixture[int(i)].row for i in visited(mixture, batch_size, seed, num_steps)]
+    assert rows == list(dict.fromkeys(drawn))
+
+
+def test_a_slow_pass_says_how_far_it_is(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_module, "TOLD_EVERY", 0.0)
+    told: list[str] = []
+    with_reference(some_data(), policy, torch.float32, tell=told.append)
+    assert [line.split(",")[0] for line in told] == ["reference: 4 of 11 pairs", "reference: 8 of 11 pairs"]
+    assert all(re.search(r"pairs, [\d.]+ a second, [\d.]+ s left$", line) for line in told)
+
+
+def test_what_can_be_refused_is_refused_before_the_reference_is_asked(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trial batch, with what the reference says of it alone, comes first."""
+    monkeypatch.setattr(stage_module, "preflight", refusing)
+    with pytest.raises(UserError, match="the trial batch"):
+        train(start, tmp_path / "run")
+    assert list(cache_folder().glob("reference-*")) == []
+    assert "reference log-probs" not in capsys.readouterr().out
+
+
+def refusing(policy: Policy, objective: Any, examples: list[Example], *rest: Any) -> None:
+    assert all(example.reference is not None for example in examples)
+    raise UserError("the trial batch")
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
@@ -269,8 +343,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a flipped bit of its header": lambda path: flip(path, 12),
     "a flipped bit of its numbers": lambda path: flip(path, -1),
     "another name inside": lambda path: save_file({"other": torch.zeros(4, 2, 2)}, path),
-    "another shape": lambda path: save_file({"logprobs": torch.zeros(3, 2, 2)}, path),
-    "another type": lambda path: save_file({"logprobs": torch.zeros(4, 2, 2, dtype=torch.float64)}, path),
+    "another shape": lambda path: save_file({"pairs": torch.arange(4), "logprobs": torch.zeros(3, 2, 2)}, path),
+    "another type": lambda path: save_file({"pairs": torch.arange(4), "logprobs": torch.zeros(4, 2, 2).double()}, path),
+    "other pairs": lambda path: save_file({**load_file(path), "pairs": torch.arange(4)}, path, {"sha256": "0"}),
 }
 
 
@@ -287,11 +362,12 @@ def test_a_damaged_part_is_computed_again_and_no_other(policy: Policy, damage: s
     assert [path.read_bytes() for path in parts] == before
 
 
-def test_parts_of_another_size_are_not_taken_for_these(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_another_size_are_the_same_table(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, _ = ask(policy)
-    monkeypatch.setattr(reference_module, "PART", 3)
-    table, _ = ask(policy)
-    torch.testing.assert_close(table, wanted, rtol=0, atol=20 * TOKEN_LOGPROB)
+    monkeypatch.setattr(reference_module, "PART", {"cpu": 3})
+    table, computed = ask(policy)
+    assert computed == 0
+    assert torch.equal(table, wanted)
 
 
 def test_two_builders_at_once_give_one_table(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

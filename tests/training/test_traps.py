@@ -299,7 +299,7 @@ def test_trap_07_dropout_is_off_in_policy_and_reference(
     """The policy in train mode gives the same twice; with `disable_dropout=False` it does not, and the reference is still what
     the start says in eval mode."""
     begin = save_start(model_with_dropout(kind, tokenizer, 0.5), tokenizer, tmp_path / "start")
-    config = TrainingConfig(output_dir=tmp_path / "run", batch_size=2, max_steps=1, mixed_precision="fp32")
+    config = TrainingConfig(output_dir=tmp_path / "run", batch_size=2, num_epochs=1, mixed_precision="fp32")
     with recorded_loops() as loops:
         run_dpo(begin, config, DPOConfig(disable_dropout=off), preference_rows(tmp_path))
     policy, data = loops[0].policy, loops[0].data.train

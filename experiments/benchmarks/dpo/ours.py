@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common.ours import rows_of, watch
 from common.process import clock
@@ -50,9 +51,11 @@ def watch_job(job: Job) -> Seen:
     """Read the end of a step, its rows, and the pass of the reference."""
     seen, ask = Seen(), train_dpo.Reference.ask
 
-    def ask_and_time(self: Any, policy: Policy, data: PreparedData, precision: torch.dtype, log: RunLog) -> PreparedData:
+    def ask_and_time(
+        self: Any, policy: Policy, data: PreparedData, visited: np.ndarray, precision: torch.dtype, log: RunLog
+    ) -> PreparedData:
         began = clock(job.gpu)
-        asked = ask(self, policy, data, precision, log)
+        asked = ask(self, policy, data, visited, precision, log)
         seen.reference_seconds += clock(job.gpu) - began
         if job.task == "start":
             seen.logprobs = logprobs(policy, data, precision, job)
@@ -123,7 +126,7 @@ def train(job: Job) -> dict[str, Any]:
     }
     if job.task == "time":
         found |= rates(seen.step_ends, job)
-        share = seen.reference_seconds * found["pairs"] / count
+        share = seen.reference_seconds * found["pairs"] / min(count, job.steps * job.micro_batch)  # it was asked about these
         found["reference_seconds"] = seen.reference_seconds
         found["pairs_per_second_with_reference"] = found["pairs"] / (found["seconds"] + share)
     return found
