@@ -90,7 +90,7 @@ class RunLog:
         """
         self.run_name, self.lenient = run_name, lenient
         self.active = is_main()
-        self.path = output_dir / "metrics.jsonl"
+        self.path, self.answers_path = output_dir / "metrics.jsonl", output_dir / "answers.jsonl"
         self.trackers: list[Any] = []
         if not self.active:
             return
@@ -117,11 +117,12 @@ class RunLog:
                 tracker.close()
 
     def _forget_after(self, step: int) -> None:
-        """Drop this run's lines after the step it resumes from: they are about to be written again."""
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if not self._is_later(line, step)]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+        """Drop this run's lines after the step it resumes from, all of a new run: they are about to be written again."""
+        for path in (self.path, self.answers_path):
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [line for line in lines if not self._is_later(line, step or -1)]
+                write_text(path, "".join(line + "\n" for line in kept))
 
     def _is_later(self, line: str, step: int) -> bool:
         try:
@@ -156,14 +157,28 @@ class RunLog:
         if self.active:
             self._append({"run": self.run_name, **record_without_secrets(entry)})
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def answers(self, step: int, answers: list[dict[str, Any]], shown: bool) -> None:
+        """Append what the model answered to `answers.jsonl`.
+
+        Args:
+            step: of the evaluation.
+            answers: an entry for each prompt.
+            shown: whether the trackers get them too.
+        """
+        for entry in answers:
+            self._append({"run": self.run_name, **entry}, self.answers_path)
+        for tracker in self.trackers if shown else ():
+            tracker.show(step, answers)
+
+    def _append(self, entry: dict[str, Any], path: Path | None = None) -> None:
         """One line more, or none: what a full disk took of it is cut off again.
 
         Raises:
             StorageError: it could not be written.
         """
+        path = path or self.path
         try:
-            with storing(self.path), self.path.open("ab", buffering=0) as file:
+            with storing(path), path.open("ab", buffering=0) as file:
                 size = file.seek(0, os.SEEK_END)
                 line = (json.dumps(entry) + "\n").encode()
                 try:
@@ -193,6 +208,10 @@ class _TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def show(self, step: int, answers: list[dict[str, Any]]) -> None:
+        for number, entry in enumerate(answers):
+            self.writer.add_text(f"answers/{number}", f"{entry['prompt']}\n\n{entry['answer']}", step)
+
     def close(self) -> None:
         self.writer.close()
 
@@ -215,6 +234,13 @@ class _WandB:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
+
+    def show(self, step: int, answers: list[dict[str, Any]]) -> None:
+        import wandb
+
+        columns = ["prompt", "answer", "tokens", "ended"]
+        table = wandb.Table(columns=[*columns], data=[[entry[name] for name in columns] for entry in answers])
+        self.run.log({"answers": table}, step=step)
 
     def close(self) -> None:
         self.run.finish()

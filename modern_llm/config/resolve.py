@@ -66,6 +66,7 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
         )
     filled |= _resolve_batch(config, filled["batch_size"], world_size)
     filled |= _resolve_length(config, stage, filled["batch_size"], rows_per_epoch)
+    filled |= _cadences(filled, rows_per_epoch)
     _check_decay(filled)
     if filled["optimizer_in_backward"] and world_size > 1:
         raise UserError(
@@ -76,6 +77,15 @@ def resolve(config: TrainingConfig, stage: Stage, world_size: int = 1, rows_per_
         return TrainingConfig(**filled)
     except ValidationError as error:
         raise UserError(explain(error)) from None
+
+
+def _cadences(filled: dict[str, Any], rows_per_epoch: int | None) -> dict[str, int]:
+    """Cadences that were given in passes over the data, as steps; nothing where it is not known yet how long one is."""
+    given = {name: value for name in ("eval_every", "save_every", "log_every") if isinstance(value := filled[name], str)}
+    if rows_per_epoch is None:
+        return {}
+    steps = math.ceil(rows_per_epoch / filled["batch_size"])
+    return {name: max(1, round(float(value.split()[0]) * steps)) for name, value in given.items()}
 
 
 def filled_settings(config: TrainingConfig, stage: Stage) -> dict[str, Any]:

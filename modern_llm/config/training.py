@@ -1,8 +1,10 @@
 """How a stage is trained: batches, optimizer, schedule, precision, where things are written."""
 
-from typing import Literal, Self
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel
@@ -30,6 +32,9 @@ NO_EFFECT = (
     "report_to",
     "log_every",
     "eval_every",
+    "eval_at_start",
+    "answer_prompts",
+    "report_answers",
     "save_every",
     "keep_checkpoints",
     "max_minutes",
@@ -41,6 +46,35 @@ NO_EFFECT = (
 )
 """Fields that cannot change a result: where a run is written, how it reports, when it saves, evaluates or stops, how a step's
 work is shared out. (Two of them decide `batch_size` where that is left out: `resolve` comes before a comparison.)"""
+
+
+def no_effect(train: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields that cannot change the result of a run with these settings: when it evaluates may decide where it ends."""
+    decides = ("eval_every", "eval_at_start") if train.get("keep_best") or train.get("early_stopping") else ()
+    return tuple(name for name in NO_EFFECT if name not in decides)
+
+
+Metric = Literal["loss", "accuracy", "rewards/accuracies", "rewards/margins"]
+"""Metrics of an evaluation by which one can be called the best."""
+HIGHER_IS_BETTER = ("accuracy", "rewards/accuracies", "rewards/margins")
+"""Those of them that a better model has more of."""
+
+EPOCHS = r"^\s*(\d+(?:\.\d+)?|\.\d+)\s*epochs?\s*$"
+"""A cadence in passes over the data."""
+
+
+def _as_cadence(value: Any) -> Any:
+    """`1 epoch` and `0.5 epochs` as they are, a number of steps as an int."""
+    if isinstance(value, str) and not value.strip().isdigit():
+        found = re.match(EPOCHS, value)
+        if found is None or float(found[1]) <= 0:
+            raise ValueError(f"must be a number of optimizer steps, or of epochs such as '0.5 epochs' (got {value!r})")
+        return f"{float(found[1]):g} epochs"
+    return value
+
+
+Cadence = Annotated[PositiveInt | Annotated[str, Field(pattern=EPOCHS)], BeforeValidator(_as_cadence)]
+"""Optimizer steps, or passes over the data as text."""
 
 
 Z_LOSS_OF_PAIRS = "z_loss belongs to pretraining and SFT: leave it out"
@@ -136,12 +170,27 @@ class TrainingConfig(StrictModel):
     checkpointed_share: float | None = Field(default=None, gt=0.0, le=1.0)
     """Share of the decoder layers that `gradient_checkpointing` recomputes, evenly spread. None: all."""
 
-    eval_every: PositiveInt | None = None
-    """Optimizer steps between evaluations, where data is held out. None: only at the end."""
-    save_every: PositiveInt | None = None
-    """Optimizer steps between checkpoints that a stopped run resumes from. None: 500."""
-    log_every: PositiveInt = 10
-    """Optimizer steps between log lines; a line's values are averaged over the steps since the line before."""
+    eval_every: Cadence | None = None
+    """Optimizer steps between evaluations, where data is held out; or passes over the data: `0.5 epochs`. None: only at the
+    end."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too."""
+    keep_best: Metric | None = None
+    """Metric of the evaluations by which the final checkpoint is chosen: it has the weights of the best one (lowest `loss`,
+    highest of the others), in place of the last step's. Needs `eval_every`."""
+    early_stopping: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a gain in `keep_best`'s metric, or in the loss where that is left out.
+    None: the run goes to its end."""
+    answer_prompts: NonNegativeInt = 0
+    """Held-out prompts that the model answers at every evaluation, always the same ones, into `answers.jsonl`."""
+    report_answers: bool = False
+    """Show these answers in the trackers of `report_to` too; without it they get numbers alone."""
+    save_every: Cadence | None = None
+    """Optimizer steps between checkpoints that a stopped run resumes from, or passes over the data, as `1 epoch`. None: 500
+    steps."""
+    log_every: Cadence = 10
+    """Optimizer steps between log lines, or passes over the data; a line's values are averaged over the steps since the line
+    before."""
     keep_checkpoints: PositiveInt | None = None
     """Keep only so many of the newest periodic checkpoints. None: all."""
     max_minutes: PositiveFloat | None = None
@@ -178,6 +227,7 @@ class TrainingConfig(StrictModel):
             )
         self._check_schedule_and_optimizer()
         self._check_memory_options()
+        self._check_evaluations()
         return self
 
     def _check_schedule_and_optimizer(self) -> None:
@@ -189,6 +239,13 @@ class TrainingConfig(StrictModel):
             raise ValueError(
                 f"decay_ratio={self.decay_ratio} has no meaning for lr_schedule='{self.lr_schedule}': leave it out"
             )
+
+    def _check_evaluations(self) -> None:
+        for name in ("keep_best", "early_stopping"):
+            if getattr(self, name) is not None and self.eval_every is None:
+                raise ValueError(f"{name} chooses between the evaluations of a run: set eval_every")
+        if self.report_answers and not (self.report_to and self.answer_prompts):
+            raise ValueError("report_answers shows the answers of answer_prompts in the trackers of report_to: set both")
 
     def _check_memory_options(self) -> None:
         if self.checkpointed_share is not None and not self.gradient_checkpointing:

@@ -237,7 +237,7 @@ class _Planner:
 
     def _periodic_checkpoints(self) -> int:
         assert self.config.max_steps is not None
-        assert self.config.save_every is not None
+        assert isinstance(self.config.save_every, int)
         return (self.config.max_steps - 1) // self.config.save_every
 
     def _largest_that_fits(self, correction: Correction) -> int:
@@ -346,7 +346,7 @@ class _Planner:
         evaluations = 0
         if survey.evaluated:
             assert self.config.max_steps is not None
-            every = self.config.eval_every or self.config.max_steps
+            every = self.config.eval_every if isinstance(self.config.eval_every, int) else self.config.max_steps
             evaluations = -(-self.config.max_steps // every)
         held = self._estimate(self.config).held
         state = (held["optimizer"] + held["average"]) / max(1, rehearsed.checkpoint_bytes)

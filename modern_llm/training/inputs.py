@@ -16,7 +16,7 @@ from modern_llm.config.base import StrictModel
 from modern_llm.config.data import DatasetConfig, LanguageModelingDatasetConfig
 from modern_llm.config.io import plain
 from modern_llm.config.resolve import filled_settings
-from modern_llm.config.training import NO_EFFECT, Stage
+from modern_llm.config.training import Stage, no_effect
 from modern_llm.data.known_templates import template_text
 from modern_llm.data.sources import Kind, open_source
 from modern_llm.data.tokenizer import load_tokenizer, template_fingerprint
@@ -50,7 +50,7 @@ def stage_inputs(
         UserError: something that is named is not there.
     """
     settings = plain(train.model_copy(update=filled_settings(train, stage)))
-    configs = {"train": {name: value for name, value in settings.items() if name not in (*NO_EFFECT, *BY_CONTENT)}}
+    configs = {"train": {name: value for name, value in settings.items() if name not in (*no_effect(settings), *BY_CONTENT)}}
     configs |= {name: deciding(section) for name, section in sections.items()}
     data, dpo = sections["data"], sections.get("dpo")
     assert isinstance(data, DatasetConfig)

@@ -23,6 +23,7 @@ from modern_llm.models.policy import Policy
 from modern_llm.objectives import Objective, Unit
 from modern_llm.objectives.balance import Balanced
 from modern_llm.precision import autocast
+from modern_llm.training.best import Best
 from modern_llm.training.ema import WeightAverage
 from modern_llm.training.garbage import collection_held_off
 from modern_llm.training.optim import Optimizer, learning_rate_factor
@@ -62,6 +63,8 @@ class Loop:
         log: RunLog,
         save: Callable[[int, dict[str, Any]], None],
         check_saves: Callable[[], None] = lambda: None,
+        keep: Callable[[int], None] = lambda step: None,
+        answer: Callable[[int], None] = lambda step: None,
     ) -> None:
         """
         Args:
@@ -73,10 +76,13 @@ class Loop:
             log: where numbers go.
             save: called with (step, state) at every `save_every`-th step.
             check_saves: called after every step; raises what went wrong with an earlier save.
+            keep: called after an evaluation that was better than all before, where `keep_best` is set.
+            answer: called after every evaluation. In both the model has the weights that were evaluated.
         """
         self.policy, self.data, self.config = policy, data, config
         self.objective = Balanced(objective, policy, config.balance_loss) if config.balance_loss else objective
         self.precision, self.log, self.save, self.check_saves = precision, log, save, check_saves
+        self.keep, self.answer = keep, answer
         self.optimizer = Optimizer(policy.model, config, policy.device)
         for note in self.optimizer.notes:
             log.message(note)
@@ -88,8 +94,7 @@ class Loop:
         self.averages = Averages()
         self.skipped_in_a_row = 0
         self.last_evaluation: dict[str, float] = {}
-        self.lowest: list[float] | None = None
-        """Step and loss of the evaluation with the lowest loss so far."""
+        self.best = Best(config)
         self.evaluation_is_due = False
         """Whether the run was stopped while this step's evaluation was on."""
         self.evaluates_again = False
@@ -112,7 +117,7 @@ class Loop:
             "averages": self.averages.state(),
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluation_is_due": self.evaluation_is_due,
-            "lowest": self.lowest,
+            "best": self.best.state(),
             "objective": self.objective.state(),
         }
 
@@ -126,7 +131,7 @@ class Loop:
         self.averages.load(state["averages"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.evaluation_is_due = state["evaluation_is_due"]
-        self.lowest = state.get("lowest")  # saved by an older version: not known
+        self.best.load(state["best"])
         self.objective.load(state["objective"])
 
     def run(self, stop: StopRequest | None = None) -> None:
@@ -146,7 +151,7 @@ class Loop:
                 self.data.train, config.batch_size, config.micro_batch_size, config.seed, self.position,
                 distributed.rank(), distributed.world_size(), config.micro_batch_tokens,
             ),
-            max(0, config.max_steps - self.step),
+            0 if self.best.is_over else max(0, config.max_steps - self.step),
         )  # fmt: skip
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
         # on a CPU a second thread takes the cores from the products: a third of the quickstart's rate (torch 2.13, 2 cores)
@@ -154,8 +159,8 @@ class Loop:
         with torch.random.fork_rng(devices), collection_held_off(), closing(batches):
             self.policy.train()
             self.speed.start = time.perf_counter()
-            if self.evaluation_is_due:
-                self._evaluate_now(again=True)
+            if self.evaluation_is_due or (self.step == 0 and config.eval_at_start and self.data.evaluation):
+                self._evaluate_now(again=self.evaluation_is_due)
                 self._stop_if_asked(saved=False)
             for batch in batches:
                 self._optimizer_step(batch)
@@ -164,19 +169,21 @@ class Loop:
                 self.log.advance()
                 self.check_saves()
                 self._stop_if_asked(saved=self._periodic_work())
+                if self.best.is_over:
+                    break
+        if self.best.is_over and self.step < config.max_steps:
+            self.log.message(f"stopped at step {self.step}: {self.best.waited} evaluations in a row without a gain")
         if summary := self.objective.closing(self.last_evaluation, self.data.report):
             self.log.message(summary)
-        if self.lowest is not None and self.last_evaluation and self.lowest[0] < self.step:
-            step, loss = self.lowest
-            now = self.last_evaluation["loss"]
-            self.log.message(f"eval/loss was lowest at step {step:.0f}: {loss:.4f} ({now:.4f} at the end, step {self.step})")
+        if said := self.best.closing(self.step, self.last_evaluation):
+            self.log.message(said)
 
     def _periodic_work(self) -> bool:
         """Log, evaluate and save where this step is one for it; whether it was saved."""
         config, last = self.config, self.step == self.config.max_steps
-        logs = self.step % config.log_every == 0 or last
-        measures = self.data.evaluation and (last or (config.eval_every is not None and self.step % config.eval_every == 0))
-        saves = config.save_every is not None and self.step % config.save_every == 0 and not last
+        logs = self._is_due(config.log_every) or last
+        measures = self.data.evaluation and (self._is_due(config.eval_every) or last)
+        saves = self._is_due(config.save_every) and not last
         if logs or measures or saves:
             self._read()
         if logs:
@@ -184,9 +191,15 @@ class Loop:
             gc.collect()
         if measures:
             self._evaluate_now()
+        if self.best.is_over and not logs:
+            self._log_training()
         if saves:
             self._save()
         return saves
+
+    def _is_due(self, every: int | str | None) -> bool:
+        """Whether this step is one for something that is done every so many steps."""
+        return isinstance(every, int) and self.step % every == 0
 
     def _evaluate_now(self, again: bool = False) -> None:
         """Evaluate and log; where the run is asked to stop meanwhile, the evaluation is left to the run that goes on.
@@ -201,10 +214,13 @@ class Loop:
         except _InterruptedError:
             return
         self.evaluation_is_due = False
-        if self.lowest is None or values["loss"] < self.lowest[1]:
-            self.lowest = [self.step, values["loss"]]
+        better = self.best.see(self.step, values)
         shown = ("loss", "accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         self.log.log(self.step, {f"eval/{n}": v for n, v in values.items()}, tuple(f"eval/{name}" for name in shown))
+        with self.speed.paused(), self.averaged_weights():
+            if better and self.config.keep_best is not None:
+                self.keep(self.step)
+            self.answer(self.step)
         gc.collect()
 
     def _save(self) -> None:

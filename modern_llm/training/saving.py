@@ -107,8 +107,29 @@ class Saver:
         """The newest checkpoint that is whole, in words."""
         return "no checkpoint is there yet" if self.last_saved is None else f"{self.last_saved.name} is whole"
 
-    def final(self, target: Path) -> None:
+    def best(self, step: int) -> None:
+        """Copy the weights of the best evaluation so far, and have them written as `checkpoints/best-000500`.
+
+        Raises:
+            StorageError: what was written before could not be, and `on_save_error` is `stop`.
+        """
+
+        def begin() -> None:
+            self.finish(must=True)  # without it the run's result would be another one
+            self.pending = self.thread.submit(self._write, self.best_folder(step), self._weights(), step)
+
+        distributed.on_main(begin)()
+
+    def best_folder(self, step: int) -> Path:
+        """Where the weights of an evaluation are kept."""
+        return self.folder / f"best-{step:06d}"
+
+    def final(self, target: Path, step: int) -> None:
         """Write the finished checkpoint and wait for it, on every rank.
+
+        Args:
+            target: its folder.
+            step: whose weights it has.
 
         Raises:
             StorageError: it could not be written.
@@ -116,7 +137,8 @@ class Saver:
 
         def write() -> None:
             self.finish()
-            self._write(target, self._weights(), self.config.max_steps)
+            self._write(target, self._weights(), step)
+            self._forget_best(None)
 
         distributed.on_main(write)()
 
@@ -135,6 +157,7 @@ class Saver:
         if state is not None:
             self.last_saved = target
             self._forget_old(step or 0)
+            self._forget_best(state["best"]["step"])
 
     def _weights(self) -> dict[str, Tensor]:
         """Copies on the host; tied weights stay one tensor."""
@@ -146,6 +169,13 @@ class Saver:
                 memo[place] = folders.copied(tensor)
             copies[name] = memo[place]
         return copies
+
+    def _forget_best(self, but: int | None) -> None:
+        """Remove the kept weights of all evaluations but this one, to which the newest checkpoint goes back."""
+        for folder in self.folder.glob("best-*"):
+            if but is None or folder != self.best_folder(but):
+                with folders.storing(folder):
+                    folders.remove_folder(folder)
 
     def _forget_old(self, step: int) -> None:
         """Remove this run's periodic checkpoints but the newest `keep_checkpoints` up to this step, which is whole."""

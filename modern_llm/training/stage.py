@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm import distributed
 from modern_llm.allocator import steady_memory
@@ -18,7 +19,7 @@ from modern_llm.checkpoint import load_state
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.io import plain
-from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage
+from modern_llm.config.training import NO_EFFECT, Stage, no_effect
 from modern_llm.data.loader import visited
 from modern_llm.data.prepared import Example, Mixture, PreparedData
 from modern_llm.data.tokenizer import tokenizer_fingerprint
@@ -32,11 +33,12 @@ from modern_llm.models.adapter_folders import load_adapter_weights
 from modern_llm.models.adapters import adapter_layers, add_adapter, describe_left_out, keep_frozen_in
 from modern_llm.models.compilation import compile_layers
 from modern_llm.models.idle_adapters import take_out_idle_adapters
-from modern_llm.models.policy import Policy, context_length, disable_dropout, refuse_random_training, vocabulary_rows
+from modern_llm.models.policy import Policy, disable_dropout, refuse_random_training, vocabulary_rows
 from modern_llm.models.recomputation import recompute_activations
-from modern_llm.models.routing import check_routed
 from modern_llm.objectives import Objective
 from modern_llm.precision import choose_precision
+from modern_llm.training.answers import Answers
+from modern_llm.training.checks import check_model, check_run
 from modern_llm.training.inputs import key_of
 from modern_llm.training.loop import Loop
 from modern_llm.training.optim import ParameterGroups
@@ -47,22 +49,6 @@ from modern_llm.training.speed import foreseen_seconds
 from modern_llm.training.stopping import StopRequest
 
 Dataset = TypeVar("Dataset", bound=DatasetConfig)
-
-
-def check_early(stage: Stage, config: TrainingConfig) -> None:
-    """Refuse what can be refused before anything is loaded.
-
-    Raises:
-        UserError: the batch arithmetic is wrong, adapters on random weights, a z-loss of pairs, or the run's folder is a file.
-    """
-    if stage == "pretrain" and config.adapter is not None:
-        raise UserError("adapter leaves the weights as they are, and in pretraining they are random: leave it out")
-    if stage == "dpo" and config.z_loss:
-        raise UserError(Z_LOSS_OF_PAIRS)
-    resolved = resolve(config, stage, distributed.world_size())
-    assert resolved.output_dir is not None
-    if resolved.output_dir.exists() and not resolved.output_dir.is_dir():
-        raise UserError(f"output_dir={str(resolved.output_dir)!r} is a file: give a folder")
 
 
 def dataset_or_default(given: Dataset | None, config: TrainingConfig, kind: type[Dataset]) -> Dataset:
@@ -159,8 +145,7 @@ def train_stage(
     """
     began = time.monotonic()
     config = resolve(config, stage, distributed.world_size(), rows_per_epoch=data.train.epoch_size)
-    if config.max_steps is None:
-        raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
+    check_run(config, data, objective)
     device = distributed.device()
     if device.type == "cpu":
         steady_memory()
@@ -170,9 +155,10 @@ def train_stage(
         **_inputs(stage, {"train": config, **sections}, opened, data, precision),
         "reference": reference_weights,
         "tokenizer_name": opened.tokenizer_name,
+        "evaluations": {name: getattr(config, name) for name in NO_EFFECT if name not in no_effect(dict(config))} or None,
     }
     assert config.output_dir is not None
-    _check_model(model, data, config)
+    check_model(model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
     with ExitStack() as lock:
         distributed.on_main(lock.enter_context)(only_writer(config.output_dir))
@@ -191,7 +177,11 @@ def train_stage(
             log.message(_compile(policy, stage, config, data, precision))
             manifest = {**record, "inputs": inputs, "key": key_of(inputs)}
             saver = Saver(model, tokenizer, manifest, config, log, opened.adapter_base, found)
-            loop = Loop(policy, objective, data, config, precision, log, saver.checkpoint, saver.check)
+            answers = Answers(data, tokenizer, config, precision, log)
+            loop = Loop(
+                policy, objective, data, config, precision, log, saver.checkpoint, saver.check, saver.best,
+                partial(answers.write, policy),
+            )  # fmt: skip
             if state is None:
                 trial = trial_examples(data, config)
                 trial = trial if reference is None else reference.look(policy, trial, precision)
@@ -231,20 +221,34 @@ def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, conclude: Con
             distributed.together(saver.finish)(must=True)  # a launcher ends all ranks as soon as one is gone
             loop.log.message(f"{stopped}: saved {saver.last_saved}; the same command goes on from there")
             raise
-        with loop.averaged_weights():
+        with _chosen_weights(loop, saver) as step:
             if conclude is not None:
                 loop.release()
                 try:
                     values = conclude(loop)
                 except Exception:
-                    saver.final(final)  # what cannot be measured is kept all the same
+                    saver.final(final, step)  # what cannot be measured is kept all the same
                     raise
                 # before the final checkpoint: a run that is killed in between measures again, one that has it is finished
                 loop.log.log(loop.step, {f"eval/{name}": value for name, value in values.items()})
-            saver.final(final)
+            saver.final(final, step)
             loop.log.message(f"saved {final}")
     except StorageError as error:
         raise StorageError(f"{error}; {saver.what_is_there()}: make room there, and run the same again") from error
+
+
+@contextmanager
+def _chosen_weights(loop: Loop, saver: Saver) -> Iterator[int]:
+    """Inside, the model has the weights that the run ends with: of its best evaluation, or the last (averaged) ones."""
+    best = loop.best.step
+    if loop.config.keep_best is None or best in (None, loop.step):
+        with loop.averaged_weights():
+            yield loop.step
+        return
+    saver.finish(must=True)
+    distributed.together(_load_weights)(loop.policy.model, saver.best_folder(best))
+    loop.log.message(f"the final checkpoint has the weights of step {best}, its best eval/{loop.best.metric}")
+    yield best
 
 
 def _inputs(
@@ -268,37 +272,6 @@ def _inputs(
         "contract": contract(opened.model, opened.tokenizer),
         "precision": str(precision).removeprefix("torch."),
     }
-
-
-def _check_model(model: PreTrainedModel, data: PreparedData, config: TrainingConfig) -> None:
-    """Refuse what this model cannot do: settings of parts that it lacks, samples that are too long for it."""
-    ParameterGroups(model).check(config)
-    if config.balance_loss:
-        check_routed(model)
-    _check_lengths(model, data)
-
-
-def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
-    """Refuse samples that are longer than what the model is made for."""
-    limit, longest, turns = context_length(model), data.longest, _angles_change_beyond(model.config)
-    if turns is not None and longest > turns:
-        raise UserError(
-            f"max_length: a sample has {longest} tokens, but the angles of this model's positions change for all samples of a "
-            f"row where one has more than {turns}: set it to that"
-        )
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"max_length: a sample has {longest} tokens, but the context length of the model is {limit} "
-            f"(max_position_embeddings): set it to that"
-        )
-
-
-def _angles_change_beyond(config: PreTrainedConfig) -> int | None:
-    """Tokens beyond which a sample changes the angles of all others in its batch (RoPE types dynamic and longrope)."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
-    turning = [p for p in kinds if p.get("rope_type") in ("dynamic", "longrope")]
-    return min((p.get("original_max_position_embeddings") or config.max_position_embeddings for p in turning), default=None)
 
 
 def _add_adapter(opened: Opened, config: TrainingConfig, drop_out: bool) -> dict[str, str]:

@@ -26,9 +26,10 @@ from modern_llm.models.adapters import adapters_off, keep_frozen_in
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.objectives import PreferenceObjective
 from modern_llm.objectives.reference import asked_now, with_reference
+from modern_llm.training.checks import check_early
 from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.loop import Loop
-from modern_llm.training.stage import check_early, dataset_or_default, open_reference, train_stage
+from modern_llm.training.stage import dataset_or_default, open_reference, train_stage
 
 __all__ = ["DPOConfig", "PreferenceDatasetConfig", "run_dpo"]
 

@@ -9,8 +9,9 @@ from modern_llm.data.tokenizer import DEFAULT_VOCAB_SIZE, TextEncoder, load_toke
 from modern_llm.initial.opened import open_new
 from modern_llm.models.build import build_model
 from modern_llm.objectives import LanguageModelingObjective
+from modern_llm.training.checks import check_early
 from modern_llm.training.inputs import stage_inputs
-from modern_llm.training.stage import check_early, dataset_or_default, train_stage
+from modern_llm.training.stage import dataset_or_default, train_stage
 
 __all__ = ["LanguageModelingDatasetConfig", "run_training"]
 

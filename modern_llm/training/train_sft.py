@@ -8,8 +8,9 @@ from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.initial.opened import open_checkpoint
 from modern_llm.objectives import LanguageModelingObjective
+from modern_llm.training.checks import check_early
 from modern_llm.training.inputs import stage_inputs
-from modern_llm.training.stage import check_early, dataset_or_default, train_stage
+from modern_llm.training.stage import dataset_or_default, train_stage
 
 __all__ = ["InstructionDatasetConfig", "run_sft"]
 

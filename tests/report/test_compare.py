@@ -59,7 +59,8 @@ def test_the_command_trains_every_loss_from_one_reference_and_draws_the_table(
     out = tmp_path / "out"
     (tmp_path / "dpo.yaml").write_text(
         f"sft_checkpoint: {start}\n"
-        f"train_config: {{output_dir: {out}, batch_size: 12, max_steps: 2, learning_rate: 1.0e-3, eval_every: 1, mixed_precision: fp32}}\n"
+        f"train_config: {{output_dir: {out}, batch_size: 12, max_steps: 2, eval_every: 1, mixed_precision: fp32,\n"
+        f"  learning_rate: 1.0e-3}}\n"
         f"preference_config: {{dataset_name: {data}, eval_fraction: 0.3}}\n"
     )
     words = ["compare-losses", str(tmp_path / "dpo.yaml"), "--losses", "sigmoid,ipo:beta=0.5", "--seeds", "0,1"]

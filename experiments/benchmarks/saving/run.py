@@ -55,10 +55,10 @@ def train(model: ModelConfig, folder: Path, steps: int, batch: int, save_every: 
         save(self, *given)  # type: ignore[arg-type]
         watch.saves.append(time.perf_counter() - began)
 
-    def timed_final(self: Saver, target: Path) -> None:
+    def timed_final(self: Saver, target: Path, step: int) -> None:
         self.finish()  # what is still being written belongs to the time of the run
         watch.ended = time.perf_counter()
-        final(self, target)
+        final(self, target, step)
 
     final = Saver.final
     Loop._optimizer_step, Saver.checkpoint, Saver.final = timed_step, timed_save, timed_final  # type: ignore[method-assign]
