@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modern_llm.layout import PackedRow
+from modern_llm.models.weight_kinds import weight_kind
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def training_cost(model: PreTrainedModel) -> TrainingCost:
     body_learns = False
     for name, parameter in model.named_parameters():
         body_learns = body_learns or (parameter.requires_grad and id(parameter) not in own_head)
-        if id(parameter) in tables or parameter.ndim < 2 or "bias" in name.rsplit(".", 1)[-1]:
+        if id(parameter) in tables or weight_kind(model, name) == "vectors":
             continue
         entries = _entries(parameter) * (share if ".experts." in name else 1.0)
         matrices += entries
