@@ -127,8 +127,10 @@ def _entries(parameter: nn.Parameter) -> int:
 
 def _expert_share(config: PreTrainedConfig) -> float:
     """Share of a layer's experts that a token is sent to; 1 where there are none."""
-    chosen = getattr(config, "num_experts_per_tok", None)
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    config = getattr(config, "ffn_config", config)  # DBRX
+    names = ("num_experts_per_tok", "moe_topk", "moe_top_k")
+    chosen = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if chosen and getattr(config, name, None):
             return chosen / getattr(config, name)
     return 1.0
