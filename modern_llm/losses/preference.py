@@ -44,8 +44,9 @@ class Divergence(NamedTuple):
     def scores(self, ratios: Tensor) -> Tensor:
         """s of r, which is f′(e^r).
 
-        reverse_kl: r, f′ = ln u. js_divergence: ln 2 + log σ(r), f′ = ln(2u/(u + 1)). alpha_divergence: (e^((a − 1)r) − 1)/(a − 1),
-        f′ = (u^(a − 1) − 1)/(a − 1), or r where a = 1. forward_kl: 1 − e^(−r), f′ = 1 − 1/u, alpha_divergence with a = 0.
+        reverse_kl: r, f′ = ln u. js_divergence: ln 2 + log σ(r), f′ = ln(2u/(u + 1)). forward_kl: 1 − e^(−r), f′ = 1 − 1/u,
+        which is alpha_divergence with a = 0. alpha_divergence: (e^((a − 1)r) − 1)/(a − 1), f′ = (u^(a − 1) − 1)/(a − 1), or r
+        where a = 1.
         """
         if self.kind == "js_divergence":
             return math.log(2) + F.logsigmoid(ratios)

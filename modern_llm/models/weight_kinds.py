@@ -34,7 +34,9 @@ def weight_kind(model: PreTrainedModel, name: str) -> ParameterGroup:
         return "vectors"
     if isinstance(owner, nn.Linear | Conv1D):  # DeepSeek-V4 has groups of inputs, each with a matrix of its own
         return "experts" if getattr(owner, "n_groups", 1) > 1 else "matrices"
-    if isinstance(owner, _ConvNd):  # a depthwise one is a filter for each channel; another multiplies by a matrix at each offset
+    if isinstance(
+        owner, _ConvNd
+    ):  # a depthwise one is a filter for each channel; another multiplies by a matrix at each offset
         return "vectors" if weight.shape[1] == 1 else "experts"
     if NO_FACTOR.search(type(owner).__name__) or not FACTOR.search(last):
         return "vectors"

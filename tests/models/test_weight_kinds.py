@@ -18,8 +18,10 @@ from modern_llm.models.flops import training_cost
 from modern_llm.models.token_rows import add_token_rows
 from modern_llm.training.optim import Optimizer, ParameterGroups
 
-ODD = ("bailing_hybrid", "cpmant", "dbrx", "deepseek_v4", "falcon_h1", "gpt_oss", "hy_v4", "inkling2_text", "inkling_text",
-       "jamba", "jetmoe", "kimi_linear", "mamba", "qwen3_next", "recurrent_gemma", "reformer", "rwkv", "xlnet", "zamba", "zaya")  # fmt: skip
+ODD = (
+    "bailing_hybrid", "cpmant", "dbrx", "deepseek_v4", "falcon_h1", "gpt_oss", "hy_v4", "inkling2_text", "inkling_text", "jamba",
+    "jetmoe", "kimi_linear", "mamba", "qwen3_next", "recurrent_gemma", "reformer", "rwkv", "xlnet", "zamba", "zaya",
+)  # fmt: skip
 """Families that hold all kinds of weights of the table."""
 
 
@@ -95,7 +97,8 @@ def test_adapters_are_matrices_and_new_rows_of_a_table_belong_to_it(kind: Any) -
     add_adapter(model, AdapterConfig(kind=kind, rank=2), 0)
     add_token_rows(model, tokens)
     named = ParameterGroups(model).named
-    assert named["matrices"] and all(re.search(r"lora_[AB]\.", name) for name in named["matrices"])
+    assert named["matrices"]
+    assert all(re.search(r"lora_[AB]\.", name) for name in named["matrices"])
     assert list(named["embeddings"]) == ["model.embed_tokens.parametrizations.weight.0.rows"]
     assert list(named["head"]) == ["lm_head.parametrizations.weight.0.rows"]
     assert bool(named["vectors"]) == (kind == "dora")
