@@ -19,8 +19,8 @@ from modern_llm.models.token_rows import add_token_rows
 from modern_llm.training.optim import Optimizer, ParameterGroups
 
 ODD = (
-    "bailing_hybrid", "cpmant", "dbrx", "deepseek_v4", "falcon_h1", "gpt_oss", "hy_v4", "inkling2_text", "inkling_text", "jamba",
-    "jetmoe", "kimi_linear", "mamba", "qwen3_next", "recurrent_gemma", "reformer", "rwkv", "xlnet", "zamba", "zaya",
+    "bailing_hybrid", "cpmant", "dbrx", "deepseek_v4", "falcon_h1", "gpt_oss", "hy_v4", "inkling2_text", "inkling_text",
+    "jamba", "jetmoe", "kimi_linear", "mamba", "qwen3_next", "recurrent_gemma", "reformer", "rwkv", "xlnet", "zamba", "zaya",
 )  # fmt: skip
 """Families that hold all kinds of weights of the table."""
 
