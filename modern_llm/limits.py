@@ -15,11 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import BaseModel, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from modern_llm import distributed
-from modern_llm.config.base import StrictModel
 from modern_llm.config.paths import cache_folder
 from modern_llm.products import product
 
@@ -37,7 +36,7 @@ LEAST_REPEATS = 2
 """The first product of a shape also builds its kernel."""
 
 
-class Limit(StrictModel):
+class Limit(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """Rate of square products that a machine has shown."""
 
     flops_per_second: PositiveFloat
