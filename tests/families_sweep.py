@@ -20,10 +20,11 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_
 
 import torch
 import transformers
-from every_family import FAMILIES, NOT_BUILT
+from every_family import FAMILIES, NOT_BUILT, tiny_model
 from family_folders import check_damages, check_intact, check_published, facts
 from family_training import check_training
 from helpers import tiny_tokenizer
+from weight_groups import misplaced
 
 from modern_llm.data.store import CACHE_VARIABLE
 
@@ -76,6 +77,7 @@ def check(family: str) -> Line:
                 check_damages(known, family, tokenizer, folder)
                 check_published(known, family, tokenizer, folder)
                 check_training(known, folder, tokenizer)
+                known.faults.extend(misplaced(tiny_model(family)))
         except Exception as error:
             return Line(family, "", "", "", "", [f"the check itself: {type(error).__name__}: {error}"])
     tested = ", ".join([*([f"{len(known.damages)} damages"] if known.damages else []), *known.tested])

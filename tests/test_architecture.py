@@ -53,6 +53,7 @@ FLOORS: list[set[str]] = [
 SIBLINGS = {
     ("losses", "products"),
     ("checkpoint", "exit_codes"),
+    ("limits", "distributed"),
     ("lock", "checkpoint"),
     ("metrics", "checkpoint"),
     ("metrics", "exit_codes"),

@@ -68,7 +68,7 @@ OPTIONS: dict[str, Option] = {
     "bco_running_mean": Option(frozenset({"bco_pair"}), "it shifts the rewards of bco_pair"),
     "f_divergence_type": Option(
         frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"}),
-        "an unknown constant cancels only where one answer's score is subtracted from the other's",
+        "f-DPO is defined for losses of the difference of both answers' scores alone",
         changes_pairs=True,
     ),
     "use_weighting": Option(

@@ -9,6 +9,14 @@ from pydantic import AfterValidator, BeforeValidator
 
 from modern_llm.config.base import UserError
 
+CACHE_VARIABLE = "MODERN_LLM_CACHE"
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is kept between runs: `$MODERN_LLM_CACHE`, else `modern_llm` in the user's cache folder."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modern_llm"
+
 
 def expanded(value: Path | str, field: str = "") -> str:
     """Expand a leading `~` or `~user`, and `$NAME` and `${NAME}` at any place; other names come back as they are.

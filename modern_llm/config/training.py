@@ -120,7 +120,7 @@ class TrainingConfig(StrictModel):
     """Peak learning rate of the matrices that Muon trains. None: 0.02."""
     learning_rates: dict[ParameterGroup, PositiveFloat] = Field(default={}, examples=[{"embeddings": 3e-3}])
     """Peak learning rates in place of `learning_rate` for groups of parameters: `embeddings` (with a tied output projection),
-    `head` (an untied one), `vectors` (norms, biases), `matrices` (with `muon`: `muon_learning_rate`), `experts`."""
+    `head` (an untied one), `vectors` (norms, biases, filters), `matrices` (with `muon`: `muon_learning_rate`), `experts`."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moment."""
     adam_epsilon: PositiveFloat = 1e-8

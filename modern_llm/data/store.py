@@ -20,20 +20,15 @@ import numpy as np
 
 from modern_llm.checkpoint import publish_folder, storing
 from modern_llm.config.io import read_json
+from modern_llm.config.paths import CACHE_VARIABLE as CACHE_VARIABLE
+from modern_llm.config.paths import cache_folder
 from modern_llm.layout import Segment
 
-CACHE_VARIABLE = "MODERN_LLM_CACHE"
 INDEX = "index.json"
 FORMAT = 1
 
 # what is known of each example besides its tokens
 CUT_END, CUT_START, ENDS_WITH_END_TOKEN = 1, 2, 4
-
-
-def cache_folder() -> Path:
-    """Where prepared data is kept: `$MODERN_LLM_CACHE`, else `modern_llm` in the user's cache folder."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modern_llm"
 
 
 class StoreWriter:

@@ -90,8 +90,10 @@ Ask = Callable[[Answer], Tensor]
 def answer_logprobs(model: PreTrainedModel, answer: Answer) -> Tensor:
     """What a model says at each position of an answer, in nats."""
     ids = torch.tensor([answer.prompt_ids + answer.ids], device=model.device)
-    # only the positions that predict the answer: a prompt's logits would be most of the work
-    return model(input_ids=ids, logits_to_keep=len(answer.ids) + 1).logits[0, :-1].float().log_softmax(-1)
+    count = len(answer.ids) + 1
+    # only the positions that predict the answer: a prompt's logits would be most of the work. xLSTM, ProphetNet, TrOCR and
+    # Whisper (transformers 5.23) take any argument and give all of them
+    return model(input_ids=ids, logits_to_keep=count).logits[0, -count:-1].float().log_softmax(-1)
 
 
 @torch.no_grad()

@@ -25,7 +25,9 @@ from the largest fp32 number. Beyond it a score is constant and has no gradient;
 class Divergence(NamedTuple):
     """How the distance from the reference is measured. f-DPO, arXiv 2309.16240.
 
-    Its derivative at the ratio e^r of the probabilities takes the place of r in a loss, up to a constant that cancels in D.
+    The derivative f′ at the ratio u = e^r of the probabilities takes the place of r in a loss. A divergence fixes f′ up to a
+    constant, which cancels in D; in s_w/n_w − s_l/n_l (`ipo`, `sigmoid_norm`) it does not where the answers differ in length.
+    The f′ used is the one with f′(1) = 0, as in TRL 1.16: s = 0 where policy and reference agree.
     """
 
     kind: DivergenceType = "reverse_kl"
@@ -40,17 +42,20 @@ class Divergence(NamedTuple):
         return self.alpha - 1 if self.kind == "alpha_divergence" else 0.0
 
     def scores(self, ratios: Tensor) -> Tensor:
-        """s of r.
+        """s of r, which is f′(e^r).
 
-        reverse_kl: r. js_divergence: ln 2 + log σ(r). alpha_divergence: (e^((a − 1)r) − 1)/(a − 1), or r where a = 1.
-        forward_kl: 1 − e^(−r), which is alpha_divergence with a = 0.
+        reverse_kl: r, f′ = ln u. js_divergence: ln 2 + log σ(r), f′ = ln(2u/(u + 1)). forward_kl: 1 − e^(−r), f′ = 1 − 1/u,
+        which is alpha_divergence with a = 0. alpha_divergence: (e^((a − 1)r) − 1)/(a − 1), f′ = (u^(a − 1) − 1)/(a − 1), or r
+        where a = 1.
         """
         if self.kind == "js_divergence":
             return math.log(2) + F.logsigmoid(ratios)
         if self.slope == 0:
             return ratios
-        # expm1 keeps its digits as a → 1, where e^… − 1 loses them all
-        return torch.expm1((self.slope * ratios).clamp(max=EXPONENT_BOUND)) / self.slope
+        exponent = (self.slope * ratios).clamp(max=EXPONENT_BOUND)
+        # expm1 keeps its digits as a → 1, where e^… − 1 loses them all. Its derivative is expm1 + 1 to torch (2.13), which is 0
+        # in fp32 below −17; there the difference has all its digits, and its derivative is e^… itself
+        return torch.where(exponent < -1, exponent.exp() - 1, exponent.expm1()) / self.slope
 
 
 class PairScores(NamedTuple):

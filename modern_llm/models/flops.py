@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modern_llm.layout import PackedRow
+from modern_llm.models.weight_kinds import weight_kind
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def training_cost(model: PreTrainedModel) -> TrainingCost:
     body_learns = False
     for name, parameter in model.named_parameters():
         body_learns = body_learns or (parameter.requires_grad and id(parameter) not in own_head)
-        if id(parameter) in tables or parameter.ndim < 2 or "bias" in name.rsplit(".", 1)[-1]:
+        if id(parameter) in tables or weight_kind(model, name) == "vectors":
             continue
         entries = _entries(parameter) * (share if ".experts." in name else 1.0)
         matrices += entries
@@ -126,8 +127,10 @@ def _entries(parameter: nn.Parameter) -> int:
 
 def _expert_share(config: PreTrainedConfig) -> float:
     """Share of a layer's experts that a token is sent to; 1 where there are none."""
-    chosen = getattr(config, "num_experts_per_tok", None)
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+    config = getattr(config, "ffn_config", config)  # DBRX
+    names = ("num_experts_per_tok", "moe_topk", "moe_top_k")
+    chosen = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if chosen and getattr(config, name, None):
             return chosen / getattr(config, name)
     return 1.0

@@ -2,16 +2,14 @@
 
 import json
 import os
-import platform
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from modern_llm import distributed
-from modern_llm.limits import CAREFUL_SIZES, copy_rate, matmul_rate
+from modern_llm.limits import CAREFUL_SIZES, Limit, copy_rate, device_name, matmul_rate, remember
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,7 +34,7 @@ class Bench:
 
 
 def bench(seconds: float, as_json: bool, console: Console | None = None) -> Bench:
-    """Measure and print a table, or one JSON object.
+    """Measure and print a table, or one JSON object. The limits become those of the runs to come, also where they are lower.
 
     Args:
         seconds: how long each measurement is repeated; the best repeat counts.
@@ -61,24 +59,14 @@ def bench(seconds: float, as_json: bool, console: Console | None = None) -> Benc
         copy_bytes_per_second=copy_rate(device, seconds),
         torch=torch.__version__,
     )
+    for name, dtype in DTYPES.items():
+        remember(device, dtype, Limit(flops_per_second=found.limit[name], looks=1))
     console = console or Console()
     if as_json:
         console.print(json.dumps(asdict(found)), soft_wrap=True, highlight=False, markup=False)
     else:
         _show(found, console)
     return found
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's, else the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _show(found: Bench, console: Console) -> None:

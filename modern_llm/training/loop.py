@@ -334,8 +334,10 @@ class Loop:
         if "loss" not in means:  # every step since the last line was skipped, each with a line of its own
             return
         assert self.config.learning_rate is not None
-        rate = self.config.learning_rate * learning_rate_factor(self.step, self.config)
-        head = {"loss": means.pop("loss"), "accuracy": means.pop(self.objective.accuracy, 0.0), "lr": rate}
+        factor = learning_rate_factor(self.step, self.config)
+        rates = {f"lr/{group}": peak * factor for group, peak in self.optimizer.own_rates.items()}
+        rate = self.config.learning_rate * factor
+        head = {"loss": means.pop("loss"), "accuracy": means.pop(self.objective.accuracy, 0.0), "lr": rate, **rates}
         if self.objective.accuracy != "accuracy":
             means[self.objective.accuracy] = head["accuracy"]
         values = {**head, **means, **self.speed.read()}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from modern_llm.config import TrainingConfig, UserError
 from modern_llm.config.resolve import decay_steps
 from modern_llm.config.training import ParameterGroup
+from modern_llm.models.weight_kinds import weight_kind
 from modern_llm.training.in_backward import BackwardUpdates
 from modern_llm.training.muon import Muon
 
@@ -42,7 +43,8 @@ class ParameterGroups:
     """Every trainable parameter in exactly one group, by name; a tied weight appears once, under its first name.
 
     Matrices and experts decay, and Muon trains matrices; embeddings, an untied output projection and vectors do not decay and
-    never go to Muon. Experts' 3-D weights go to AdamW. What a tied output projection has of its own (a bias) is a vector.
+    never go to Muon. Stacks of experts go to AdamW. What a tied output projection has of its own (a bias) is a vector.
+    What is a matrix is decided in `models.weight_kinds`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -61,10 +63,8 @@ class ParameterGroups:
                 group: ParameterGroup = "embeddings"
             elif id(parameter) in head_ids and not self.tied:
                 group = "head"
-            elif parameter.ndim < 2 or "bias" in name.rsplit(".", 1)[-1]:
-                group = "vectors"
             else:
-                group = "matrices" if parameter.ndim == 2 else "experts"
+                group = weight_kind(model, name)
             self.named[group][name] = parameter
 
     @property
@@ -99,11 +99,16 @@ class Optimizer:
         self.notes: list[str] = []
         if config.optimizer == "muon" and (experts := self.groups.named["experts"]):
             self.notes.append(f"muon trains matrices only: {len(experts)} stacks of experts go to AdamW")
+        self.own_rates: dict[ParameterGroup, float] = {}
+        """Group → peak learning rate, of the groups whose rate is not `learning_rate`."""
         muon, others = [], []
         for name, parameters in self.groups.named.items():
             if parameters:
                 by_muon = config.optimizer == "muon" and name == "matrices"
-                (muon if by_muon else others).append(_torch_group(name, parameters, config, by_muon))
+                group = _torch_group(name, parameters, config, by_muon)
+                (muon if by_muon else others).append(group)
+                if group["lr"] != config.learning_rate:
+                    self.own_rates[name] = group["lr"]
         if config.optimizer_in_backward:
             muon, others = _apart(muon), _apart(others)
         self.parts: list[torch.optim.Optimizer] = [Muon([group]) for group in muon]

@@ -9,7 +9,7 @@ from modern_llm import distributed
 from modern_llm.config import TrainingConfig
 from modern_llm.data.prepared import PreparedData
 from modern_llm.layout import PackedRow
-from modern_llm.limits import matmul_limit
+from modern_llm.limits import matmul_limit, measured_limit
 from modern_llm.models.flops import TrainingCost, training_cost
 from modern_llm.models.policy import Policy
 
@@ -25,7 +25,9 @@ class Speed:
     def __init__(self, cost: TrainingCost, device: torch.device, precision: torch.dtype) -> None:
         """Measures the limit, unless this process has done so; every rank at once."""
         self.cost, self.device, self.precision = cost, device, precision
-        mine = torch.tensor([matmul_limit(device, precision)], dtype=torch.float64, device=device)
+        measured = measured_limit(device, precision)
+        mine = torch.tensor([measured.flops_per_second], dtype=torch.float64, device=device)
+        self.looks = measured.looks
         self.limit = float(distributed.sum_over_ranks(mine))
         """FLOP/s of all ranks together."""
         self.tokens, self.flops = 0, 0.0
@@ -34,7 +36,7 @@ class Speed:
     def describe(self) -> str:
         """The peak and the formula, for the log."""
         ranks = distributed.world_size()
-        where = "measured here" if ranks == 1 else f"measured here, of {ranks} processes together"
+        where = f"measured here (best of {self.looks} looks)" + (f", of {ranks} processes together" if ranks > 1 else "")
         kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.precision, str(self.precision))
         return (
             f"limit {self.limit / 1e9:,.0f} GFLOP/s {kind}, {where}; mfu = needed FLOPs / seconds / limit; needed are "

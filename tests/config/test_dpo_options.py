@@ -55,8 +55,8 @@ def refusal(**fields: Any) -> str:
         ),
         (
             {"loss_type": "apo_zero", "f_divergence_type": "forward_kl"},
-            "f_divergence_type has no meaning for loss_type='apo_zero': an unknown constant cancels only where one answer's "
-            "score is subtracted from the other's; leave it out",
+            "f_divergence_type has no meaning for loss_type='apo_zero': f-DPO is defined for losses of the difference of "
+            "both answers' scores alone; leave it out",
         ),
         (
             {"loss_type": "aot", "use_weighting": True},

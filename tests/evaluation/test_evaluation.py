@@ -4,6 +4,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import every_family
 import oracle
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from modern_llm.config import DPOConfig
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.preference_datasets import Pair
-from modern_llm.evaluation.generation import answer_logprobs, greedy_answers, kl_divergence
+from modern_llm.evaluation.generation import Answer, answer_logprobs, greedy_answers, kl_divergence
 from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_wins, wilson_interval, win
 from modern_llm.models.policy import Policy
 from modern_llm.report.table import markdown
@@ -76,6 +77,16 @@ def test_kl_divergence_is_zero_to_itself_and_matches_float64_arithmetic(tokenize
     model.float()
     other.float()
     assert kl_divergence(ours, theirs, answers) == (pytest.approx(total, rel=1e-4), tokens)
+
+
+@pytest.mark.parametrize("family", ["xlstm", "prophetnet", "trocr", "whisper"])
+def test_models_that_give_logits_at_every_position_are_asked_about_the_answer_alone(family: str) -> None:
+    """They take `logits_to_keep` and do not look at it, so the divergence was over the prompt too."""
+    model = every_family.tiny_model(family)
+    answer = Answer(prompt_ids=[5, 9, 17, 4, 8, 21, 30], ids=[3, 7, 12], text="")
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([answer.prompt_ids + answer.ids])).logits[0].log_softmax(-1)
+        assert torch.equal(answer_logprobs(model, answer), whole[6:9])
 
 
 def test_a_model_ties_with_itself_on_every_pair(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -319,6 +319,68 @@ def test_an_exponent_stops_at_its_bound_and_is_counted() -> None:
         assert bounded_exponents(pairs._replace(divergence=divergence)).tolist() == [0, 0, 0]
 
 
+# Up to the largest log-ratios that answers have
+
+
+FAR = torch.linspace(-80, 80, 641)
+"""Log-ratios in steps of ¼, which fp32 holds exactly."""
+
+
+@pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.5, 0.999, 1.001, 1.3, 2.0])
+def test_scores_and_their_slopes_have_their_digits_at_any_log_ratio(alpha: float) -> None:
+    """s = (e^x − 1)/(a − 1) and s′ = e^x with x = (a − 1)·r, and beyond the bound neither moves; by Python's float64.
+
+    In fp32 x has a relative error of two roundings (of a − 1 and of the product), which e^x turns into |x| as much; the
+    functions and the division take some more. Below fp32's smallest number there is nothing.
+    """
+    slope = alpha - 1
+    ratios = FAR.clone().requires_grad_()
+    found = Divergence("alpha_divergence", alpha).scores(ratios)
+    (slopes,) = torch.autograd.grad(found.sum(), ratios)
+    for r, value, gradient in zip(FAR.tolist(), found.tolist(), slopes.tolist(), strict=True):
+        x = slope * r
+        close = {"rel": (abs(x) * 2 + 8) * 2**-24, "abs": torch.finfo(torch.float32).tiny}
+        assert value == pytest.approx(math.expm1(min(x, EXPONENT_BOUND)) / slope, **close), r
+        assert gradient == pytest.approx(math.exp(x) if x <= EXPONENT_BOUND else 0.0, **close), r
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "js_divergence"])
+def test_named_divergences_have_their_slopes_at_any_log_ratio(kind: Any) -> None:
+    """e^(−r), at most to the bound, and σ(−r)."""
+    ratios = FAR.clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(Divergence(kind).scores(ratios).sum(), ratios)
+    for r, gradient in zip(FAR.tolist(), slopes.tolist(), strict=True):
+        forward = math.exp(-r) if -r <= EXPONENT_BOUND else 0.0
+        expected = forward if kind == "forward_kl" else 1 / (1 + math.exp(r))
+        assert gradient == pytest.approx(expected, rel=8 * 2**-24), r
+
+
+def test_a_pair_far_above_its_reference_still_pulls() -> None:
+    """forward_kl at r = 20 and 40: the slopes of the hinge are −β·e^(−20) and β·e^(−40); 1 − (1 − e^(−r)) is 0 in fp32."""
+    chosen, rejected = (torch.tensor([r], requires_grad=True) for r in (20.0, 40.0))
+    loss = preference.hinge(scores(chosen, rejected, divergence=Divergence("forward_kl")), beta=0.5)
+    up, down = torch.autograd.grad(loss.sum(), [chosen, rejected])
+    assert up.item() == pytest.approx(-0.5 * math.exp(-20), rel=1e-6)
+    assert down.item() == pytest.approx(0.5 * math.exp(-40), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "score"),
+    [
+        (Divergence(), LN2),
+        (Divergence("forward_kl"), 1 / 2),
+        (Divergence("js_divergence"), math.log(4 / 3)),
+        (Divergence("alpha_divergence", 2.0), 1.0),
+    ],
+)
+def test_means_of_scores_are_of_the_derivative_that_is_0_at_a_ratio_of_1(divergence: Divergence, score: float) -> None:
+    """f′ + c would give c/1 − c/2 more, since r = ln 2 of both answers is divided by 1 and by 2 tokens: D = s/2."""
+    pairs = scores(values(LN2), values(LN2), 1, 2, divergence)
+    assert preference.ipo(pairs, beta=0.5).item() == pytest.approx((score / 2 - 1) ** 2, abs=1e-15)
+    expected = math.log(1 + math.exp(-score / 2))
+    assert preference.sigmoid_norm(pairs, beta=1.0).item() == pytest.approx(expected, abs=1e-15)
+
+
 # Gradients and extremes
 
 

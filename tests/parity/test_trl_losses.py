@@ -5,6 +5,7 @@ return the log-probs of chosen logits. TRL is imported where it is used: that ta
 collects this file.
 """
 
+import importlib
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -309,6 +310,54 @@ def test_trl_s_simpo_has_a_likelihood_term_unless_it_is_switched_off() -> None:
 
     assert CPOConfig.__dataclass_fields__["cpo_alpha"].default == 1.0
     assert DPOConfig(loss_type="simpo").sft_weight() == 0.0
+
+
+def test_trl_s_logps_of_ld_dpo_are_of_what_is_left_of_an_answer_as_its_rewards_are() -> None:
+    """Ours are those of whole answers; rewards are of what is left in both."""
+    answers, found = Answers(), []
+    for ld_alpha in (None, 0.0):
+        metrics: Any = defaultdict(lambda: defaultdict(list))
+        trl_loss(["sigmoid"], answers, metrics=metrics, ld_alpha=ld_alpha)
+        found.append({name: metrics["train"][name][0] for name in ("logps/rejected", "logps/chosen", "rewards/margins")})
+    rows = range(2 * PAIRS)
+    counts = [answers.answer(0, row).numel() for row in rows]
+    first = [float(answers.answer(0, row)[: min(counts[row], counts[(row + PAIRS) % (2 * PAIRS)])].sum()) for row in rows]
+    whole = answers.logprobs(0)[0].sum(1)
+    for side, own in (("chosen", slice(PAIRS)), ("rejected", slice(PAIRS, None))):
+        assert found[0][f"logps/{side}"] == equal(float(whole[own].mean()))
+        assert found[1][f"logps/{side}"] == equal(sum(first[own]) / PAIRS)
+    assert found[0]["rewards/margins"] != found[1]["rewards/margins"]
+
+
+def test_trl_s_rewards_of_orpo_have_its_weight_in_place_of_a_beta() -> None:
+    from trl.experimental.orpo import ORPOTrainer
+
+    trainer = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
+    chosen, rejected = random_logprobs()
+    _, chosen_rewards, *_ = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)  # type: ignore[arg-type]
+    assert chosen_rewards.tolist() == equal((0.3 * chosen).tolist())
+    assert DPOConfig(loss_type="orpo", orpo_lambda=0.3).beta == 0.1
+
+
+@pytest.mark.parametrize(("trainer", "loss"), [("cpo", "simpo"), ("cpo", "sigmoid"), ("orpo", "orpo")])
+def test_trl_s_logps_are_means_for_simpo_and_orpo_and_sums_for_cpo(trainer: str, loss: str) -> None:
+    module = importlib.import_module(f"trl.experimental.{trainer}.{trainer}_trainer")
+    cls = module.CPOTrainer if trainer == "cpo" else module.ORPOTrainer
+    asked: list[bool] = []
+
+    def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = False, **more: Any) -> Tensor:
+        asked.append(average_log_prob)
+        return torch.zeros(2)
+
+    batch = {f"concatenated_{name}": torch.ones(2, 3, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+    stub = SimpleNamespace(
+        concatenated_inputs=lambda *args, **more: batch, is_encoder_decoder=False, pad_token_id=0, aux_loss_enabled=False,
+        accelerator=SimpleNamespace(device="cpu"), loss_type=loss, cpo_alpha=1.0, get_batch_logps=get_batch_logps,
+        padding_value=0,
+    )  # fmt: skip
+    model = lambda *args, **more: SimpleNamespace(logits=torch.zeros(2, 3, 5))  # noqa: E731
+    cls.concatenated_forward(stub, model, {"chosen_labels": torch.ones(1, 3)})
+    assert asked == [loss != "sigmoid"]
 
 
 def test_trl_counts_a_tie_as_wrong() -> None:

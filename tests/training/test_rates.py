@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_loop, random_examples, snapshot, tiny_model
+from helpers import make_loop, metric_lines, random_examples, snapshot, tiny_model
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm.config import LanguageModelingDatasetConfig, ModelConfig, TrainingConfig, UserError, resolve
@@ -78,6 +78,36 @@ def test_the_schedule_scales_every_group(tokenizer: PreTrainedTokenizerFast) -> 
     optimizer = Optimizer(tiny_model(tokenizer), config, CPU)
     optimizer.begin_step(0.25)
     assert sorted(group["lr"] for part in optimizer.parts for group in part.param_groups) == [0.25, 0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({}, {}),
+        ({"learning_rates": {"vectors": 3e-3, "embeddings": 1e-2}}, {"lr/embeddings": 1e-2, "lr/vectors": 3e-3}),
+        ({"learning_rates": {"vectors": 1e-3}}, {}),  # the common one
+        ({"optimizer": "muon", "muon_learning_rate": 0.02}, {"lr/matrices": 0.02}),
+        (
+            {"optimizer_in_backward": True, "learning_rates": {"matrices": 2e-3}, "max_grad_norm": None},
+            {"lr/matrices": 2e-3},
+        ),
+    ],
+)
+def test_the_log_has_the_rate_of_every_group_that_has_another(
+    settings: dict[str, Any], own: dict[str, float], tokenizer: PreTrainedTokenizerFast, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Half of the peak at the first of two steps of warmup, and all of it at the second."""
+    make_loop(
+        tiny_model(tokenizer), EXAMPLES, tmp_path, batch_size=3, max_steps=2, warmup_steps=2, learning_rate=1e-3, **settings
+    ).run()
+    lines = [{name: value for name, value in line.items() if name.startswith("lr")} for line in metric_lines(tmp_path)]
+    assert [line for line in lines if line] == [
+        pytest.approx({name: share * peak for name, peak in {"lr": 1e-3, **own}.items()}) for share in (0.5, 1.0)
+    ]
+    printed = capsys.readouterr().out
+    assert "lr=1.000e-03" in printed
+    assert "lr/" not in printed
 
 
 def test_a_tied_head_keeps_its_bias_among_the_vectors() -> None:
