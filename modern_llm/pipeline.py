@@ -173,8 +173,8 @@ def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> str
     if known is None:
         if progress.data is None:
             progress.data = held_out(config, checkpoint)
-        metrics = measure(checkpoint, anchor, progress.data, config)
-        known = {"of": measured, "metrics": metrics, "baselines": progress.data.baselines}
+        metrics, baselines = measure(checkpoint, anchor, progress.data, config)
+        known = {"of": measured, "metrics": metrics, "baselines": baselines}
         write_text(file, json.dumps(known, indent=2) + "\n")
     progress.metrics[stage], progress.baselines = known["metrics"], known["baselines"]
     return "\n".join(config.missed(stage, known["metrics"]))

@@ -4,25 +4,34 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import random_examples, sample, sharpened, tiny_model
+from helpers import random_examples, random_segment, sample, sharpened, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from modern_llm.config import DPOConfig
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.preference_datasets import Pair
+from modern_llm.data.prepared import Example
 from modern_llm.evaluation.generation import answer_logprobs, greedy_answers, kl_divergence
-from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_wins, wilson_interval, win
+from modern_llm.evaluation.heldout import (
+    interval_over_pairs,
+    length_baselines,
+    perplexity,
+    preference_accuracy,
+    wilson_interval,
+    win,
+)
 from modern_llm.models.policy import Policy
 from modern_llm.report.table import markdown
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("The cat", "Why does the moon follow the car?", "No.")]
 
 
-def says(text: str) -> dict:
-    return {"role": "assistant", "content": text}
+def pair_of(chosen: int, rejected: int, prompt: int = 3) -> Example:
+    """Two answers of so many tokens to one prompt."""
+    sides = [random_segment(n, prompt + n, [False] * prompt + [True] * n) for n in (chosen, rejected)]
+    return Example(tuple(sides), row=0)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_tokens_whatever_the_batch(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -32,8 +41,8 @@ def test_perplexity_is_the_exponential_of_the_mean_over_tokens_whatever_the_batc
     logprobs = [float(v.detach()) for e in examples for v in oracle.token_logprobs(values, sample(e.segments[0]))]
     wanted = math.exp(-sum(logprobs) / len(logprobs))
     policy = Policy(model)
-    assert perplexity(policy, examples, 1) == pytest.approx(wanted, rel=1e-5)
-    assert perplexity(policy, examples, 3) == pytest.approx(wanted, rel=1e-5)
+    assert perplexity(policy, examples, 1) == {"perplexity": pytest.approx(wanted, rel=1e-5)}
+    assert perplexity(policy, examples, 3) == {"perplexity": pytest.approx(wanted, rel=1e-5)}
 
 
 def test_greedy_answers_of_a_batch_equal_those_of_each_prompt_alone(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -79,19 +88,18 @@ def test_kl_divergence_is_zero_to_itself_and_matches_float64_arithmetic(tokenize
 
 
 def test_a_model_ties_with_itself_on_every_pair(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    pairs = [Pair(prompt, says("Yes, of course."), says("No.")) for prompt in PROMPTS]
+    pairs = [pair_of(5, 2), pair_of(1, 3), pair_of(4, 6)]
     policy, reference = Policy(tiny_model(tokenizer)), Policy(tiny_model(tokenizer))
-    assert preference_wins(policy, reference, pairs, DPOConfig(), ChatEncoder(tokenizer), 2) == [0.5, 0.5, 0.5]
+    assert preference_accuracy(policy, reference, pairs, 2) == {"preference_accuracy": 0.5}
 
 
 def test_ties_count_half() -> None:
     assert [win(0.2), win(-0.2), win(0.0)] == [1.0, 0.0, 0.5]
 
 
-def test_length_baselines_count_tokens_and_add_up_to_one(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = (("No. No.", "No."), ("No.", "No. No."), ("No.", "No."), ("No.", "No. No."))
-    pairs = [Pair(PROMPTS[0], says(chosen), says(rejected)) for chosen, rejected in texts]
-    assert length_baselines(pairs, ChatEncoder(tokenizer)) == {"longer_wins": 1.5 / 4, "shorter_wins": 2.5 / 4}
+def test_length_baselines_count_tokens_and_add_up_to_one() -> None:
+    pairs = [pair_of(5, 2), pair_of(2, 5), pair_of(3, 3), pair_of(1, 2)]
+    assert length_baselines(pairs) == {"longer_wins": 1.5 / 4, "shorter_wins": 2.5 / 4}
 
 
 def test_the_wilson_interval_of_60_out_of_100() -> None:
@@ -99,6 +107,39 @@ def test_the_wilson_interval_of_60_out_of_100() -> None:
     low, high = wilson_interval(0.6, 100)
     assert low == pytest.approx(0.596301 - 0.094302, abs=1e-5)
     assert high == pytest.approx(0.596301 + 0.094302, abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.8, 0.95])
+def test_for_one_seed_the_interval_over_pairs_is_wilsons(share: float) -> None:
+    wins = np.arange(200) < 200 * share
+    assert interval_over_pairs(wins[None].astype(float)) == pytest.approx(wilson_interval(share, 200))
+
+
+def test_the_same_judgements_by_more_seeds_narrow_nothing() -> None:
+    """600 pairs judged alike by three seeds are 600, not 1,800."""
+    wins = (np.arange(600) < 590).astype(float)
+    assert interval_over_pairs(np.tile(wins, (3, 1))) == pytest.approx(wilson_interval(590 / 600, 600))
+    every = np.ones((3, 600))  # nothing differs between the pairs: no sign that the seeds judge on their own
+    assert interval_over_pairs(every) == wilson_interval(1.0, 600)
+
+
+@pytest.mark.parametrize("correlation", [0.5, 0.95])
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+@pytest.mark.parametrize("count", [100, 600])
+@pytest.mark.parametrize("share", [0.52, 0.7, 0.93])
+def test_the_interval_over_pairs_covers_the_true_share(share: float, count: int, seeds: int, correlation: float) -> None:
+    """95 % ± 2 %, whatever the number of seeds and however much their judgements of a pair agree.
+
+    Each pair has its own chance to be judged right, from a beta distribution. The true share differs from run to run, since
+    the coverage at a single one depends on which whole numbers of wins are near it.
+    """
+    random, runs, hits = np.random.default_rng(0), 2000, 0
+    for _ in range(runs):
+        true = share + random.uniform(-0.02, 0.02)
+        chances = random.beta(*(np.array([true, 1 - true]) * (1 / correlation - 1)), count)
+        low, high = interval_over_pairs((random.random((seeds, count)) < chances).astype(float))
+        hits += low <= true <= high
+    assert hits / runs == pytest.approx(0.95, abs=0.02)
 
 
 def test_the_table_leaves_out_what_no_stage_measured() -> None:
