@@ -61,7 +61,7 @@ def sample(examples: Sequence[Example], most: int) -> Mixture:
 
 
 def shares(sizes: dict[str, int], most: int) -> dict[str, int]:
-    """How many examples of each source a sample takes, by largest remainder, ties by name."""
+    """Number of examples of each source in a sample: one each, then to whichever is furthest below its share; ties by name."""
     total, taken = sum(sizes.values()), dict.fromkeys(sizes, 0)
 
     def need(name: str) -> tuple[bool, bool, int, str]:
