@@ -50,17 +50,22 @@ def log_ratios(policy: Policy, reference: Policy, pairs: Sequence[Example], batc
     return np.concatenate(found)
 
 
-def preference_accuracy(policy: Policy, reference: Policy, pairs: Sequence[Example], batch_size: int) -> dict[str, float]:
-    """Share of pairs in which the policy moved towards the chosen answer more than towards the rejected one, ties ½.
+def preference_wins(
+    policy: Policy, reference: Policy, pairs: Sequence[Example], batch_size: int
+) -> tuple[list[float], dict[str, float]]:
+    """For each pair 1 if the policy moved towards the chosen answer more than towards the rejected one, 0 if less, ½ if tied.
 
-    Both are measured against the reference, so the reference itself has ½. Where there are several sources,
-    `preference_accuracy/NAME` is that of each.
+    Both are measured against the reference, so the reference itself has ½ everywhere.
+
+    Returns:
+        The wins, and their mean as `preference_accuracy`; where there are several sources also `preference_accuracy/NAME`.
     """
-    sums = {}
-    for name, part in by_source(pairs).items():
-        ratios = log_ratios(policy, reference, part, batch_size)
-        sums[name] = (sum(win(chosen - rejected) for chosen, rejected in ratios), len(ratios))
-    return means("preference_accuracy", sums)
+    wins = {
+        name: [win(chosen - rejected) for chosen, rejected in log_ratios(policy, reference, part, batch_size)]
+        for name, part in by_source(pairs).items()
+    }
+    accuracy = means("preference_accuracy", {name: (sum(found), len(found)) for name, found in wins.items()})
+    return [value for found in wins.values() for value in found], accuracy
 
 
 def longer_by(pairs: Sequence[Example]) -> np.ndarray:
@@ -86,16 +91,16 @@ def wilson_interval(share: float, count: float, z: float = 1.96) -> tuple[float,
     return center - half, center + half
 
 
-def interval_over_pairs(wins: np.ndarray) -> tuple[float, float]:
+def interval_over_pairs(wins: np.ndarray, judgements: int) -> tuple[float, float]:
     """95 % confidence interval of a preference accuracy over the pairs that there might be, the models being as they are.
 
     Judgements of one pair are not independent, so pairs are the unit: Wilson's interval for as many independent judgements as
     have the variance that is found between the pairs' mean wins. For one seed without ties it is Wilson's.
 
     Args:
-        wins: (seeds, pairs) 1, ½ or 0.
+        wins: (pairs,) mean over the judgements of each pair, of 1, ½ or 0.
+        judgements: of all pairs together.
     """
-    means = wins.mean(0)
-    share, variance = float(means.mean()), float(means.var())
-    independent = share * (1 - share) * len(means) / variance if variance else len(means)
-    return wilson_interval(share, min(independent, wins.size))
+    share, variance = float(wins.mean()), float(wins.var())
+    independent = share * (1 - share) * len(wins) / variance if variance else len(wins)
+    return wilson_interval(share, min(independent, judgements))

@@ -18,7 +18,7 @@ from modern_llm.data.prepared import Example
 from modern_llm.data.village import VILLAGE_NAME, judge
 from modern_llm.evaluation.drift import prompt_ids
 from modern_llm.evaluation.generation import Answer, answer_logprobs, greedy_answers, kl_divergence
-from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_accuracy
+from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_wins
 from modern_llm.initial.checkpoint import load_model, read_initial
 from modern_llm.initial.opened import open_checkpoint
 from modern_llm.models.policy import Policy, frozen
@@ -46,10 +46,19 @@ def held_out(config: PipelineConfig, checkpoint: Path) -> HeldOut:
     return HeldOut(blocks, questions)
 
 
-def measure(
-    checkpoint: Path, anchor: Path | str | None, data: HeldOut, config: PipelineConfig
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of one checkpoint, and what baselines have on the same pairs; what its data does not allow is left out.
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of one checkpoint."""
+
+    metrics: dict[str, float]
+    baselines: dict[str, float]
+    """Accuracy of judges without a model on the same pairs."""
+    wins: list[float]
+    """1, ½ or 0 for each pair."""
+
+
+def measure(checkpoint: Path, anchor: Path | str | None, data: HeldOut, config: PipelineConfig) -> Measured:
+    """Measure one checkpoint; what its data does not allow is left out.
 
     Pairs are those that preference training evaluates on, as it encodes and cuts them with the checkpoint's tokenizer.
 
@@ -63,6 +72,7 @@ def measure(
     encoder, limits = ChatEncoder(read_initial(checkpoint).tokenizer().tokenizer), config.evaluation
     model = _ready(load_model(checkpoint))
     metrics: dict[str, float] = {}
+    wins: list[float] = []
     answers: list[Answer] = []
     pairs: Sequence[Example] = ()
     if config.dpo is not None and anchor is not None:
@@ -86,11 +96,11 @@ def measure(
         metrics["kl_to_sft"] = nats / max(tokens, 1)
     policy = frozen(Policy(model))  # from here on the models attend over packed rows
     if anchor_model is not None and pairs:
-        metrics |= preference_accuracy(policy, frozen(Policy(anchor_model)), pairs, limits.batch_size)
-        metrics["pairs"] = len(pairs)
+        wins, accuracy = preference_wins(policy, frozen(Policy(anchor_model)), pairs, limits.batch_size)
+        metrics |= {**accuracy, "pairs": len(wins)}
     if data.blocks:
         metrics |= perplexity(policy, data.blocks, limits.batch_size)
-    return metrics, length_baselines(pairs) if pairs else {}
+    return Measured(metrics, length_baselines(pairs) if pairs else {}, wins)
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

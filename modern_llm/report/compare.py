@@ -149,7 +149,7 @@ def summarize(loss: str, ratios: np.ndarray, pairs: Sequence[Example], drift: Se
     ends = np.cumsum([len(part) for part in parts.values()])[:-1]
     each = {name: float(part.mean()) for name, part in zip(parts, np.split(means, ends), strict=True) if name}
     return Comparison(
-        loss, len(means), float(means.mean()), interval_over_pairs(wins), float(ratios[..., 0].mean()),
+        loss, len(means), float(means.mean()), interval_over_pairs(means, wins.size), float(ratios[..., 0].mean()),
         float(ratios[..., 1].mean()), float(np.mean(drift)), share(longer > 0), share(longer < 0), each,
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from modern_llm.evaluation.heldout import (
     interval_over_pairs,
     length_baselines,
     perplexity,
-    preference_accuracy,
+    preference_wins,
     wilson_interval,
     win,
 )
@@ -90,7 +90,7 @@ def test_kl_divergence_is_zero_to_itself_and_matches_float64_arithmetic(tokenize
 def test_a_model_ties_with_itself_on_every_pair(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     pairs = [pair_of(5, 2), pair_of(1, 3), pair_of(4, 6)]
     policy, reference = Policy(tiny_model(tokenizer)), Policy(tiny_model(tokenizer))
-    assert preference_accuracy(policy, reference, pairs, 2) == {"preference_accuracy": 0.5}
+    assert preference_wins(policy, reference, pairs, 2) == ([0.5] * 3, {"preference_accuracy": 0.5})
 
 
 def test_ties_count_half() -> None:
@@ -112,15 +112,15 @@ def test_the_wilson_interval_of_60_out_of_100() -> None:
 @pytest.mark.parametrize("share", [0.5, 0.6, 0.8, 0.95])
 def test_for_one_seed_the_interval_over_pairs_is_wilsons(share: float) -> None:
     wins = np.arange(200) < 200 * share
-    assert interval_over_pairs(wins[None].astype(float)) == pytest.approx(wilson_interval(share, 200))
+    assert interval_over_pairs(wins.astype(float), 200) == pytest.approx(wilson_interval(share, 200))
 
 
 def test_the_same_judgements_by_more_seeds_narrow_nothing() -> None:
     """600 pairs judged alike by three seeds are 600, not 1,800."""
     wins = (np.arange(600) < 590).astype(float)
-    assert interval_over_pairs(np.tile(wins, (3, 1))) == pytest.approx(wilson_interval(590 / 600, 600))
-    every = np.ones((3, 600))  # nothing differs between the pairs: no sign that the seeds judge on their own
-    assert interval_over_pairs(every) == wilson_interval(1.0, 600)
+    assert interval_over_pairs(wins, 1800) == pytest.approx(wilson_interval(590 / 600, 600))
+    # nothing differs between the pairs: no sign that the seeds judge on their own
+    assert interval_over_pairs(np.ones(600), 1800) == wilson_interval(1.0, 600)
 
 
 @pytest.mark.parametrize("correlation", [0.5, 0.95])
@@ -137,7 +137,8 @@ def test_the_interval_over_pairs_covers_the_true_share(share: float, count: int,
     for _ in range(runs):
         true = share + random.uniform(-0.02, 0.02)
         chances = random.beta(*(np.array([true, 1 - true]) * (1 / correlation - 1)), count)
-        low, high = interval_over_pairs((random.random((seeds, count)) < chances).astype(float))
+        wins = random.random((seeds, count)) < chances
+        low, high = interval_over_pairs(wins.mean(0), wins.size)
         hits += low <= true <= high
     assert hits / runs == pytest.approx(0.95, abs=0.02)
 
@@ -146,3 +147,18 @@ def test_the_table_leaves_out_what_no_stage_measured() -> None:
     table = markdown({"pretrain": {"perplexity": 3.14159}, "dpo": {"perplexity": 3.0, "preference_accuracy": 0.987}})
     assert table.splitlines()[0] == "| stage | perplexity, held-out text | preference accuracy |"
     assert table.splitlines()[2:] == ["| pretrain | 3.14 | – |", "| dpo | 3.00 | 98.7% |"]
+
+
+def test_the_table_has_a_column_for_each_source_behind_that_of_all() -> None:
+    both = {
+        "perplexity": 3.0,
+        "perplexity/a": 2.0,
+        "preference_accuracy": 0.5,
+        "preference_accuracy/a": 0.25,
+        "perplexity/b": 4.0,
+    }
+    head, _, line = markdown({"dpo": both}).splitlines()
+    assert head == "| stage | perplexity, held-out text | perplexity, held-out text: a | perplexity, held-out text: b | " + (
+        "preference accuracy | preference accuracy: a |"
+    )
+    assert line == "| dpo | 3.00 | 2.00 | 4.00 | 50.0% | 25.0% |"

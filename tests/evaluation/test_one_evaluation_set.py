@@ -77,7 +77,7 @@ def test_training_pipeline_and_compare_losses_have_the_same_accuracy_on_the_same
     (compared,) = compare_losses(str(start), train, dpo, data, None, loss)
     run = tmp_path / f"{loss}-seed0"
     (final,) = {file.parent for file in run.glob("*final*/modern_llm.json")}
-    measured, baselines = measure(
+    found = measure(
         final, start, HeldOut(),
         PipelineConfig.model_validate(
             {
@@ -86,11 +86,12 @@ def test_training_pipeline_and_compare_losses_have_the_same_accuracy_on_the_same
             }
         ),
     )  # fmt: skip
+    measured = found.metrics
     held = re.search(r"eval_examples=(\d+)", capsys.readouterr().out)
     assert held is not None
     assert compared.pairs == measured["pairs"] == int(held[1])
     assert compared.accuracy == measured["preference_accuracy"] != 0.5
-    assert 0 < baselines["longer_wins"] < 1
+    assert 0 < found.baselines["longer_wins"] < 1
     if loss == "simpo":  # its own accuracy compares log-probs of a token, with no reference
         return
     assert logged(run, "eval/rewards/accuracies")[-1] == pytest.approx(compared.accuracy, abs=ROUNDING)
@@ -177,7 +178,7 @@ def test_perplexity_of_a_pipeline_is_over_every_source(tokenizer: PreTrainedToke
     )
     data = held_out(config, start)
     assert len(data.blocks) == 8
-    found, _ = measure(start, None, data, config)
+    found = measure(start, None, data, config).metrics
     assert set(found) == {"perplexity", "perplexity/prose", "perplexity/letters"}
     low, high = sorted([found["perplexity/prose"], found["perplexity/letters"]])
     assert low < found["perplexity"] < high

@@ -49,7 +49,7 @@ def test_a_comparison_by_hand() -> None:
     assert (found.pairs, found.accuracy) == (4, 6.5 / 8)
     assert (found.chosen, found.rejected, found.kl) == (0.0, -0.75, pytest.approx(0.15))
     assert (found.where_longer, found.where_shorter) == (1.0, 0.625)
-    assert found.interval == interval_over_pairs(np.array([[1.0, 0.0, 0.5, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert found.interval == interval_over_pairs(np.array([1.0, 0.5, 0.75, 1.0]), 8)
     assert found.sources == {}
 
 
