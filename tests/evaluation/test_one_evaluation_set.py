@@ -16,7 +16,7 @@ from modern_llm.data.prepared import InMemory, Mixture, Referenced
 from modern_llm.evaluation.stages import HeldOut, held_out, measure
 from modern_llm.report.compare import compare_losses
 
-LIMITS = {"max_length": 80, "max_prompt_length": 50}
+LIMITS: dict[str, Any] = {"max_length": 80, "max_prompt_length": 50}
 ROUNDING = 1e-6
 
 
