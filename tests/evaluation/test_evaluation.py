@@ -136,7 +136,8 @@ def test_the_interval_over_pairs_covers_the_true_share(share: float, count: int,
     random, runs, hits = np.random.default_rng(0), 2000, 0
     for _ in range(runs):
         true = share + random.uniform(-0.02, 0.02)
-        chances = random.beta(*(np.array([true, 1 - true]) * (1 / correlation - 1)), count)
+        spread = 1 / correlation - 1
+        chances = random.beta(true * spread, (1 - true) * spread, count)
         wins = random.random((seeds, count)) < chances
         low, high = interval_over_pairs(wins.mean(0), wins.size)
         hits += low <= true <= high

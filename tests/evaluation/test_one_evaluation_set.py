@@ -62,7 +62,7 @@ def test_training_pipeline_and_compare_losses_have_the_same_accuracy_on_the_same
 ) -> None:
     options = dict(CASES[case])
     adapter, loss = options.pop("adapter", None), options.pop("loss", "sigmoid")
-    names = files if case == "two sources" else files[0]
+    names = tuple(files) if case == "two sources" else files[0]
     data = PreferenceDatasetConfig(dataset_name=names, eval_fraction=0.5, **options)
     train = TrainingConfig(
         output_dir=tmp_path,
