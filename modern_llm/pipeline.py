@@ -5,7 +5,7 @@ It is a build system: a stage whose inputs are the same as those of a result tha
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,7 @@ def _measure(progress: _Progress, stage: Stage, start: Path | str | None) -> str
     if known is None:
         if progress.data is None:
             progress.data = held_out(config, checkpoint)
-        metrics = measure(checkpoint, anchor, progress.data, config)
-        known = {"of": measured, "metrics": metrics, "baselines": progress.data.baselines}
+        known = {"of": measured, **asdict(measure(checkpoint, anchor, progress.data, config))}
         write_text(file, json.dumps(known, indent=2) + "\n")
     progress.metrics[stage], progress.baselines = known["metrics"], known["baselines"]
     return "\n".join(config.missed(stage, known["metrics"]))

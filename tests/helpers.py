@@ -17,7 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from modern_llm.config import ModelConfig, TrainingConfig, resolve
+from modern_llm.config import DPOConfig, ModelConfig, TrainingConfig, resolve
+from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.messages import Pair
+from modern_llm.data.preference_datasets import encode_whole, sharing_prompt, within_limits
 from modern_llm.data.prepared import Example, PreparedData, mixture_of
 from modern_llm.data.tokenizer import train_tokenizer
 from modern_llm.layout import PackedRow, Segment, pack
@@ -92,6 +95,17 @@ def save_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folde
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segment, Segment]:
+    """The two segments of a pair, within the limits."""
+    cut = within_limits(encode_whole(pair, encoder), dpo, "cut_prompt_start")
+    assert not isinstance(cut, str), cut
+    (prompt, *answers), _ = cut
+    first, second = (
+        Segment(np.array(prompt + answer, dtype=np.int32), np.arange(len(prompt + answer)) >= len(prompt)) for answer in answers
+    )
+    return sharing_prompt(first, second)
 
 
 def random_segment(seed: int, length: int, scored: Sequence[bool] | bool = True, vocab: int = 256) -> Segment:

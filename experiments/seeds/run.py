@@ -4,17 +4,20 @@
     python experiments/seeds/run.py configs/real-small.yaml --seeds 0 1 2 --folds --plot docs/images/real-small.png
 
 Seed s writes to `<output_dir>-seed<s>`; a finished run is not repeated. Prints one table per seed, then the pooled one: the
-mean and the range of each metric, and for preference accuracy the 95 % Wilson interval over all judgements. With `--folds`
-seed s holds out fold s of the pairs (cross-validation), so that up to the number of folds every judgement is of another pair.
-Without it every seed has the same held-out pairs, and the interval covers the models' chance, not the pairs'.
+mean and the range of each metric, and for preference accuracy the 95 % interval over the pairs that there might be. With
+`--folds` seed s holds out fold s of the pairs (cross-validation), so that up to the number of folds every judgement is of
+another pair. Without it every seed judges the same held-out pairs, and what counts is each pair's mean over the seeds: 600
+pairs judged by three seeds are 600. Either way the models are taken as they are; how much they differ is the range.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from modern_llm import PipelineConfig, load_config, run_pipeline
-from modern_llm.evaluation.heldout import wilson_interval
+from modern_llm.evaluation.heldout import interval_over_pairs
 from modern_llm.report.compare import curve, plot
 from modern_llm.report.table import COLUMNS, cell
 
@@ -48,6 +51,16 @@ def pooled(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def wins_of_pairs(results: list[dict]) -> np.ndarray:
+    """(pairs,) mean win of each held-out pair over the seeds that judged it: those that hold out the same fold."""
+    folds: dict[int, list[list[float]]] = {}
+    for result in results:
+        measured = Path(result["checkpoints"]["dpo"]).parent / "evaluation.json"
+        wins = json.loads(measured.read_text(encoding="utf-8"))["wins"]
+        folds.setdefault(result["config"]["dpo"]["data"]["eval_fold"], []).append(wins)
+    return np.concatenate([np.mean(seeds, axis=0) for seeds in folds.values()])
+
+
 def held_out_curves(config: PipelineConfig, seeds: list[int]) -> list[list[tuple[int, float]]]:
     """Of each seed (step, preference accuracy on held-out pairs) of every evaluation during preference training."""
     metrics = [folder_of(config, seed) / "dpo" / "metrics.jsonl" for seed in seeds]
@@ -74,9 +87,12 @@ def main() -> None:
     dpo = [r["stages"]["dpo"] for r in results if "dpo" in r["stages"]]
     if dpo:
         count = sum(int(stage["pairs"]) for stage in dpo)
-        share = sum(stage["preference_accuracy"] * stage["pairs"] for stage in dpo) / count
-        low, high = wilson_interval(share, count)
-        print(f"preference accuracy over {count} held-out judgements: {share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+        wins = wins_of_pairs(results)
+        low, high = interval_over_pairs(wins, count)
+        print(
+            f"preference accuracy over {len(wins)} held-out pairs ({count} judgements): {wins.mean():.1%}, "
+            f"95 % interval {low:.1%} to {high:.1%}"
+        )
         baselines = {
             name: sum(r["baselines"][name] * r["stages"]["dpo"]["pairs"] for r in results) / count
             for name in results[0]["baselines"]

@@ -52,11 +52,11 @@ class EvaluationConfig(StrictModel):
     """What is measured on the checkpoint of every stage, on data that no stage trained on."""
 
     max_blocks: PositiveInt = 100
-    """Held-out blocks of documents for the perplexity."""
+    """Held-out blocks of documents for the perplexity; of several sources each gives its share."""
     max_questions: PositiveInt = 300
     """Held-out questions answered by greedy generation: those of the built-in world, else the prompts of held-out pairs."""
     max_pairs: PositiveInt = 500
-    """Held-out pairs for the preference accuracy."""
+    """Held-out pairs for the preference accuracy; of several sources each gives its share."""
     max_new_tokens: PositiveInt = 40
     """Tokens of a generated answer."""
     batch_size: PositiveInt = 32

@@ -11,6 +11,7 @@ import numpy as np
 from modern_llm.config.data import InstructionDatasetConfig, SourceConfig
 from modern_llm.data.chat import ChatEncoder, ChatPart, Planned
 from modern_llm.data.columns import Columns, RowError
+from modern_llm.data.held_out import held_out_mixture
 from modern_llm.data.instruction_adapters import needs_regrouping, read_chat, threads
 from modern_llm.data.lint import check_words
 from modern_llm.data.messages import Chat, prompt_hash, prompt_text
@@ -50,9 +51,8 @@ def prepare_instructions(config: InstructionDatasetConfig, encoder: ChatEncoder)
         False, partial(_build, config, encoder), report,
     )  # fmt: skip
     train = [_examples(s.train, s.used, config) for s in sources]
-    evaluation = [StoredExamples(s.evaluation, s.held_out) for s in sources]
-    weights = [s.weight for s in sources]
-    return finish(config, Mixture(train, weights), Mixture(evaluation, [1.0] * len(weights)), sources, report)
+    evaluation = held_out_mixture(config, [StoredExamples(s.evaluation, s.held_out) for s in sources])
+    return finish(config, Mixture(train, [s.weight for s in sources]), evaluation, sources, report)
 
 
 def _examples(store: Store, used: np.ndarray, config: InstructionDatasetConfig) -> StoredExamples:

@@ -8,6 +8,7 @@ import numpy as np
 
 from modern_llm.config.data import LanguageModelingDatasetConfig, SourceConfig
 from modern_llm.data.blocks import Blocks, document_ids, document_text, document_texts, held_out_keys
+from modern_llm.data.held_out import held_out_mixture
 from modern_llm.data.messages import prompt_hash
 from modern_llm.data.prepared import (
     Example,
@@ -52,14 +53,15 @@ def prepare_documents(config: LanguageModelingDatasetConfig, encoder: TextEncode
     report: Report = {}
     sources = _sources(config, encoder, report)
     train = [Blocks(s.train, s.used[np.random.default_rng([seed, 0]).permutation(len(s.used))], max_length) for s in sources]
-    return finish(config, Mixture(train, [s.weight for s in sources]), _held_out(sources, max_length), sources, report)
+    evaluation = _held_out(config, sources, max_length)
+    return finish(config, Mixture(train, [s.weight for s in sources]), evaluation, sources, report)
 
 
 def held_out_blocks(config: LanguageModelingDatasetConfig, encoder: TextEncoder, max_length: int) -> Sequence[Example]:
     """The blocks of the evaluation part."""
     if config.streaming:
         return prepare_stream(config, encoder, max_length, seed=0).evaluation
-    return _held_out(_sources(config, encoder, {}), max_length)
+    return _held_out(config, _sources(config, encoder, {}), max_length)
 
 
 def _sources(config: LanguageModelingDatasetConfig, encoder: TextEncoder, report: Report) -> list[PreparedSource]:
@@ -68,8 +70,8 @@ def _sources(config: LanguageModelingDatasetConfig, encoder: TextEncoder, report
     return prepare_sources(config, "text", key, encoder.vocab_size, True, partial(_build, encoder), report)
 
 
-def _held_out(sources: list[PreparedSource], max_length: int) -> Mixture:
-    return Mixture([Blocks(s.evaluation, s.held_out, max_length) for s in sources], [1.0] * len(sources))
+def _held_out(config: LanguageModelingDatasetConfig, sources: list[PreparedSource], max_length: int) -> Mixture:
+    return held_out_mixture(config, [Blocks(s.evaluation, s.held_out, max_length) for s in sources])
 
 
 def _build(

@@ -10,6 +10,7 @@ from modern_llm.config.data import PreferenceDatasetConfig, SourceConfig
 from modern_llm.config.dpo import DPOConfig
 from modern_llm.data.chat import ChatEncoder, Planned
 from modern_llm.data.columns import RowError
+from modern_llm.data.held_out import held_out_mixture
 from modern_llm.data.lint import Lint, check_words
 from modern_llm.data.messages import Chat, Message, Pair
 from modern_llm.data.preference_adapters import PairRow, read_pair
@@ -25,7 +26,7 @@ from modern_llm.data.prepared import (
     read_rows,
 )
 from modern_llm.data.readers import BadRows, Row
-from modern_llm.data.sources import Source, is_held_out, open_source
+from modern_llm.data.sources import Source
 from modern_llm.data.store import CUT_END, CUT_START, ENDS_WITH_END_TOKEN, StoreWriter
 from modern_llm.data.tokenizer import template_fingerprint
 from modern_llm.layout import Segment
@@ -60,9 +61,8 @@ def prepare_preferences(config: PreferenceDatasetConfig, dpo: DPOConfig, encoder
         False, partial(_build, config, dpo, encoder), report,
     )  # fmt: skip
     train = [StoredPairs(s.train, s.used) for s in sources]
-    evaluation = [StoredPairs(s.evaluation, s.held_out) for s in sources]
-    weights = [s.weight for s in sources]
-    return finish(config, Mixture(train, weights), Mixture(evaluation, [1.0] * len(weights)), sources, report)
+    evaluation = held_out_mixture(config, [StoredPairs(s.evaluation, s.held_out) for s in sources])
+    return finish(config, Mixture(train, [s.weight for s in sources]), evaluation, sources, report)
 
 
 class StoredPairs(StoredExamples):
@@ -78,19 +78,6 @@ def sharing_prompt(chosen: Segment, rejected: Segment) -> tuple[Segment, Segment
     shared = min(int(chosen.scored.argmax()), int(rejected.scored.argmax()))
     differ = np.flatnonzero(chosen.ids[:shared] != rejected.ids[:shared])  # thoughts that do not count
     return chosen, replace(rejected, shared=int(differ[0]) if len(differ) else shared)
-
-
-def held_out_pairs(config: PreferenceDatasetConfig, encoder: ChatEncoder) -> list[Pair]:
-    """The pairs of the evaluation part that pass the checks, as messages."""
-    found = []
-    eval_sources = config.eval_sources()
-    for name, source in (eval_sources or config.sources()).items():
-        bad = BadRows(skip=config.on_bad_row == "skip")
-        opened = open_source(name, source, "preferences")
-        for found_pair in pairs_of(opened, config.for_source(source), encoder, Lint(config.lint, {}), bad, {"rows_read": 0}):
-            if eval_sources is not None or is_held_out(pair_key(found_pair.pair), config):
-                found.append(found_pair.pair)
-    return found
 
 
 def pair_key(pair: Pair) -> int:
@@ -263,18 +250,3 @@ def within_limits(sides: Sides, dpo: DPOConfig, truncation: str) -> tuple[Sides,
 def encode_whole(pair: Pair, encoder: ChatEncoder) -> Sides:
     """All ids of a pair. Raises `RowError` where the template refuses the prompt."""
     return _encode(encoder, [_plans(pair, encoder)])[0][0]
-
-
-def encode_pair(pair: Pair, dpo: DPOConfig, encoder: ChatEncoder) -> tuple[Segment, Segment]:
-    """The two segments of a pair, chosen first.
-
-    Raises:
-        RowError: the template refuses the prompt, or the limits leave nothing to compare.
-    """
-    ((sides, thoughts),) = _encode(encoder, [_plans(pair, encoder)])
-    cut = within_limits(sides, dpo, "cut_prompt_start")
-    if isinstance(cut, str):
-        raise RowError(cut.replace("_", " "))
-    (prompt, chosen, rejected), _ = cut
-    first, second = (Segment(*_arrays(prompt, *side)) for side in zip((chosen, rejected), thoughts, strict=True))
-    return sharing_prompt(first, second)

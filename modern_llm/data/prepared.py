@@ -117,6 +117,8 @@ class Mixture(Sequence[Example]):
 
     parts: Sequence[Part]
     weights: Sequence[float]
+    names: Sequence[str] = ()
+    """Name of each part's source where it is reported alone (`modern_llm.data.held_out`); what has none is empty."""
 
     def __len__(self) -> int:
         """Examples that exist, each counted once."""

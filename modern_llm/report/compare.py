@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ from modern_llm.checkpoint import write_text
 from modern_llm.config import DPOConfig, PreferenceDatasetConfig, TrainingConfig, UserError
 from modern_llm.config.base import explain
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.messages import Pair, answer_text
-from modern_llm.data.preference_datasets import held_out_pairs
-from modern_llm.evaluation.heldout import length_baselines, log_ratios, wilson_interval, win
+from modern_llm.data.held_out import by_source
+from modern_llm.data.preference_datasets import prepare_preferences
+from modern_llm.data.prepared import Example
+from modern_llm.evaluation.heldout import interval_over_pairs, length_baselines, log_ratios, longer_by, win
 from modern_llm.initial.checkpoint import load_model
 from modern_llm.initial.opened import open_checkpoint
 from modern_llm.models.policy import Policy, frozen
@@ -33,12 +34,12 @@ class Comparison:
     """What one loss came to, over all seeds."""
 
     loss: str
-    judgements: int
-    """Held-out pairs × seeds."""
+    pairs: int
+    """Held-out pairs, each judged once by every seed."""
     accuracy: float
     """Share of them in which the policy moved towards the chosen answer more than towards the rejected one; ties count ½."""
     interval: tuple[float, float]
-    """95 % of `accuracy` (Wilson)."""
+    """95 % of `accuracy`, over pairs (`interval_over_pairs`)."""
     chosen: float
     """Mean change of the chosen answers' log-prob, nats an answer."""
     rejected: float
@@ -49,6 +50,8 @@ class Comparison:
     """Accuracy on pairs whose chosen answer is the longer one; None without such a pair."""
     where_shorter: float | None
     """Accuracy on pairs whose chosen answer is the shorter one."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Accuracy on the pairs of each source, where there are several."""
 
 
 def parse_losses(text: str, base: DPOConfig) -> dict[str, DPOConfig]:
@@ -97,57 +100,57 @@ def compare_losses(
     """
     configs = parse_losses(losses, dpo_config)
     data = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
-    opened = open_checkpoint(start, tokenizer_name, "sft_checkpoint")
+    tokenizer_name = tokenizer_name or train_config.tokenizer_name
+    opened = open_checkpoint(start, tokenizer_name, "sft_checkpoint", chat_template=data.chat_template)
     encoder = ChatEncoder(opened.tokenizer)
-    pairs = held_out_pairs(data, encoder)
-    if not pairs:
+    if not (data.eval_fraction or data.eval_sources()) or not prepare_preferences(data, dpo_config, encoder).evaluation:
         raise UserError("preference_config.eval_fraction: hold out some pairs, e.g. 0.1, for the losses to be compared on")
     folder = train_config.output_dir or OUTPUT
     reference = frozen(Policy(opened.model, train_config.attention))
-    ratios: dict[str, list[np.ndarray]] = {word: [] for word in configs}
+    results: list[Comparison] = []
     curves: dict[str, list[list[tuple[int, float]]]] = {word: [] for word in configs}
-    drift: dict[str, list[float]] = {word: [] for word in configs}
     for word, config in configs.items():
+        pairs = prepare_preferences(data, config, encoder).evaluation  # a loss may have limits of its own
+        ratios: list[np.ndarray] = []
+        drift: list[float] = []
         for seed in seeds:
             name = f"{re.sub('[^A-Za-z0-9._-]', '-', word)}-seed{seed}"
             settings = train_config.model_copy(update={"output_dir": folder / name, "run_name": name, "seed": seed})
             final = run_dpo(start, settings, config, data, tokenizer_name)
             policy = frozen(Policy(load_model(final), train_config.attention))
-            ratios[word].append(log_ratios(policy, reference, pairs, config, encoder, batch_size=16))
+            ratios.append(log_ratios(policy, reference, pairs, batch_size=16))
             curves[word].append(curve(folder / name / "metrics.jsonl", "eval/rewards/accuracies"))
-            drift[word] += [kl for _, kl in curve(folder / name / "metrics.jsonl", "eval/kl")]
-    longer_by = np.array(
-        [_tokens(encoder, answer_text(pair.chosen)) - _tokens(encoder, answer_text(pair.rejected)) for pair in pairs]
-    )
-    results = [
-        summarize(word, np.concatenate(found), np.tile(longer_by, len(seeds)), drift[word]) for word, found in ratios.items()
-    ]
-    baselines = length_baselines(pairs, encoder)
+            drift += [kl for _, kl in curve(folder / name / "metrics.jsonl", "eval/kl")]
+        results.append(summarize(word, np.stack(ratios), pairs, drift))
+    baselines = length_baselines(prepare_preferences(data, dpo_config, encoder).evaluation)
     content = {"start": str(start), "seeds": list(seeds), "baselines": baselines, "losses": [asdict(r) for r in results]}
     write_text(folder / "compare.json", json.dumps(record_without_secrets(content), indent=2) + "\n")
     write_text(folder / "compare.md", markdown(results, baselines))
     plot(folder / "compare.png", curves, baselines["shorter_wins"])
-    show(results, pairs, baselines)
+    show(results, baselines)
     return results
 
 
-def summarize(loss: str, ratios: np.ndarray, longer_by: np.ndarray, drift: Sequence[float]) -> Comparison:
+def summarize(loss: str, ratios: np.ndarray, pairs: Sequence[Example], drift: Sequence[float]) -> Comparison:
     """
     Args:
         loss: its name.
-        ratios: (judgements, 2) log-ratios of the chosen and of the rejected answer.
-        longer_by: (judgements,) tokens by which the chosen answer is longer.
+        ratios: (seeds, pairs, 2) log-ratios of the chosen and of the rejected answer.
+        pairs: the held-out pairs.
         drift: KL divergence of each seed.
     """
-    wins = np.array([win(margin) for margin in ratios[:, 0] - ratios[:, 1]])
+    wins = np.array([[win(margin) for margin in seed] for seed in ratios[..., 0] - ratios[..., 1]])
+    means, longer = wins.mean(0), longer_by(pairs)
 
     def share(chosen: np.ndarray) -> float | None:
-        return float(wins[chosen].mean()) if chosen.any() else None
+        return float(means[chosen].mean()) if chosen.any() else None
 
-    accuracy = float(wins.mean())
+    parts = by_source(pairs)
+    ends = np.cumsum([len(part) for part in parts.values()])[:-1]
+    each = {name: float(part.mean()) for name, part in zip(parts, np.split(means, ends), strict=True) if name}
     return Comparison(
-        loss, len(wins), accuracy, wilson_interval(accuracy, len(wins)), float(ratios[:, 0].mean()), float(ratios[:, 1].mean()),
-        float(np.mean(drift)), share(longer_by > 0), share(longer_by < 0),
+        loss, len(means), float(means.mean()), interval_over_pairs(means, wins.size), float(ratios[..., 0].mean()),
+        float(ratios[..., 1].mean()), float(np.mean(drift)), share(longer > 0), share(longer < 0), each,
     )  # fmt: skip
 
 
@@ -155,10 +158,6 @@ def curve(metrics: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of every line of a run that has the metric."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [(line["step"], line[name]) for line in lines if name in line]
-
-
-def _tokens(encoder: ChatEncoder, text: str) -> int:
-    return len(encoder.encoder.text(text))
 
 
 HEADINGS = ("loss", "held-out accuracy", "95 %", "chosen, nats", "rejected, nats", "KL", "where chosen is longer", "… shorter")
@@ -179,7 +178,7 @@ def markdown(results: Sequence[Comparison], baselines: dict[str, float]) -> str:
     return "\n".join(lines) + f"\n\nThe shorter answer wins: {baselines['shorter_wins']:.1%} of the same pairs.\n"
 
 
-def show(results: Sequence[Comparison], pairs: Sequence[Pair], baselines: dict[str, float]) -> None:
+def show(results: Sequence[Comparison], baselines: dict[str, float]) -> None:
     """Print the table."""
     table = Table()
     for heading in HEADINGS:
@@ -188,7 +187,7 @@ def show(results: Sequence[Comparison], pairs: Sequence[Pair], baselines: dict[s
         table.add_row(*cells(result))
     console = Console(width=120)
     console.print(table)
-    console.print(f"{len(pairs)} held-out pairs; the shorter answer wins in {baselines['shorter_wins']:.1%} of them")
+    console.print(f"{results[0].pairs} held-out pairs; the shorter answer wins in {baselines['shorter_wins']:.1%} of them")
 
 
 def plot(path: Path, curves: dict[str, list[list[tuple[int, float]]]], shorter_wins: float) -> None:

@@ -23,12 +23,19 @@ def cell(metric: str, value: float | None) -> str:
     """A metric as people read it; an en dash where it was not measured."""
     if value is None:
         return "–"
+    metric = metric.partition("/")[0]
     return f"{value:.2f}" if metric == "perplexity" else f"{value:.3f}" if metric == "kl_to_sft" else f"{value:.1%}"
 
 
 def measured_columns(stages: dict[str, dict[str, float]]) -> dict[str, str]:
-    """The columns in which at least one stage has a value."""
-    return {metric: title for metric, title in COLUMNS.items() if any(metric in values for values in stages.values())}
+    """The columns in which at least one stage has a value; behind each those of its sources (`metric/NAME`)."""
+    names = dict.fromkeys(name for values in stages.values() for name in values)
+    return {
+        name: title + name.removeprefix(metric).replace("/", ": ")
+        for metric, title in COLUMNS.items()
+        for name in names
+        if name.partition("/")[0] == metric
+    }
 
 
 def markdown(stages: dict[str, dict[str, float]]) -> str:

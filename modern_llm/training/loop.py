@@ -14,6 +14,7 @@ import torch
 
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig, UserError
+from modern_llm.data.held_out import by_source
 from modern_llm.data.loader import MicroBatch, Position, StepBatch, ahead, micro_batches, steps
 from modern_llm.data.prepared import Example, PreparedData
 from modern_llm.exit_codes import Stopped, StorageError
@@ -22,6 +23,7 @@ from modern_llm.models.flops import training_cost
 from modern_llm.models.policy import Policy
 from modern_llm.objectives import Objective, Unit
 from modern_llm.objectives.balance import Balanced
+from modern_llm.objectives.tally import Tally
 from modern_llm.precision import autocast
 from modern_llm.training.best import Best
 from modern_llm.training.ema import WeightAverage
@@ -367,31 +369,26 @@ class Loop:
             self.policy.train()
 
     def _evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
-        """Each sum divided by its count at the end, whatever the batch size."""
-        terms: dict[str, float] = {}
-        sums = dict.fromkeys(self.objective.units, 0.0)
-        counts = dict.fromkeys(get_args(Unit), 0)
-        units: dict[str, str] = {}
-        seen: dict[str, list[torch.Tensor]] = {}
-        batches = micro_batches(examples, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        """Of all examples; where they are of several sources also loss and accuracy of each, as `loss/NAME`."""
+        sources = by_source(examples)
+        whole, alone = Tally(self.objective), {name: Tally(self.objective) for name in sources if len(sources) > 1}
+        size, tokens = self.config.micro_batch_size, self.config.micro_batch_tokens
+        batches = ((name, batch) for name, part in sources.items() for batch in micro_batches(part, size, tokens))
         if self.objective.whole_step:
-            batches = [batch.to(self.policy.device) for batch in batches]
+            batches = [(name, batch.to(self.policy.device)) for name, batch in batches]
             with autocast(self.precision, self.policy.device):
-                self.objective.begin_step(self.policy, batches, training=False)
-        for batch in batches:
+                self.objective.begin_step(self.policy, [batch for _, batch in batches], training=False)
+        for name, batch in batches:
             why = self.stop.signal if self.evaluates_again else self.stop.reason
             if why is not None and distributed.world_size() == 1:  # several ranks would not agree
                 raise _InterruptedError
             with autocast(self.precision, self.policy.device):
                 outcome = self.objective(self.policy, batch.to(self.policy.device))
-            for unit in counts:
-                counts[unit] += batch.counts[unit]
-            for name, term in outcome.terms.items():
-                terms[name], units[name] = terms.get(name, 0.0) + term.weight * float(term.total), term.unit
-            for name, total in outcome.metrics.items():
-                sums[name] += float(total)
-            for name, values in outcome.examples.items():
-                seen.setdefault(name, []).append(values)
-        loss = sum(total / max(counts[units[name]], 1) for name, total in terms.items())
-        means = {name: total / max(counts[self.objective.units[name]], 1) for name, total in sums.items()}
-        return {"loss": loss, **means, **self.objective.summary({name: torch.cat(values) for name, values in seen.items()})}
+            for tally in (whole, alone[name]) if alone else (whole,):
+                tally.add(batch, outcome)
+        each = {
+            f"{metric}/{name}": tally.means()[metric]
+            for name, tally in alone.items()
+            for metric in ("loss", self.objective.accuracy)
+        }
+        return {**whole.means(), **whole.summary(), **each}

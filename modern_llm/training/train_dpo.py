@@ -147,7 +147,7 @@ class Reference:
         config, policy = loop.config, loop.policy
         at_once = config.micro_batch_size or max(1, (config.micro_batch_tokens or 0) // self.objective.config.max_length)
         with self._again(policy, loop.precision) as asked:
-            return {"kl": kl_on_prompts(policy, asked, loop.data.evaluation, encoder, loop.precision, at_once)}
+            return kl_on_prompts(policy, asked, loop.data.evaluation, encoder, loop.precision, at_once)
 
     @contextmanager
     def _again(self, policy: Policy, precision: torch.dtype) -> Iterator[Ask]:

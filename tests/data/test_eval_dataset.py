@@ -13,7 +13,7 @@ from modern_llm.config import DPOConfig, InstructionDatasetConfig, LanguageModel
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import held_out_rows, prepare_instructions
 from modern_llm.data.lm_datasets import held_out_blocks, prepare_documents, training_texts
-from modern_llm.data.preference_datasets import held_out_pairs, prepare_preferences
+from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.training.inputs import content_of, deciding
 
@@ -77,8 +77,6 @@ def test_all_of_it_is_held_out_and_none_of_its_prompts_is_trained_on(folder, kin
         assert {int(text.split("q")[0][1:]) for text in training_texts(config)} == trained
     elif kind == "instructions":
         assert held_out_rows(config, encoder) == [row(kind, n) for n in (4, 20, 21)]
-    else:
-        assert [pair.prompt[0]["content"] for pair in held_out_pairs(config, encoder)] == ["w4q", "w20q", "w21q"]
 
 
 def test_its_rows_count_and_its_name_does_not(folder, kind) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import write_jsonl
+from helpers import encode_pair, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +16,9 @@ from modern_llm.config import DPOConfig, PreferenceDatasetConfig, UserError
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.messages import Pair
 from modern_llm.data.preference_adapters import PairRow, read_pair
-from modern_llm.data.preference_datasets import encode_pair, held_out_pairs, prepare_preferences
+from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import Example, PreparedData
+from modern_llm.data.sources import is_held_out
 from modern_llm.data.tokenizer import load_tokenizer
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
@@ -218,7 +219,8 @@ def test_no_prompt_is_on_both_sides(folder, encoder, questions, fraction) -> Non
     ]
     path = write_jsonl(folder / "split.jsonl", rows)
     config = PreferenceDatasetConfig(dataset_name=str(path), eval_fraction=fraction)
-    held_out = {pair.prompt[0]["content"].strip() for pair in held_out_pairs(config, encoder)}
+    keys = {q: Pair([user(q)], assistant("a"), assistant("b")).prompt_key for q in questions}
+    held_out = {question for question, key in keys.items() if is_held_out(key, config)}
     try:
         data = prepare_preferences(config, DPOConfig(), encoder)
     except UserError:
@@ -257,7 +259,7 @@ def test_a_prompt_of_the_eval_split_is_not_trained_on(tmp_path, encoder) -> None
     config = PreferenceDatasetConfig(dataset_name=str(tmp_path), eval_split="test")
     data = prepare_preferences(config, DPOConfig(), encoder)
     assert [rows["train"][pair.row]["prompt"] for pair in data.train] == ["a", "b"]
-    assert [pair.prompt[0]["content"] for pair in held_out_pairs(config, encoder)] == ["c", "d"]
+    assert [rows["test"][pair.row]["prompt"] for pair in data.evaluation] == ["c", "d"]
     assert data.report["dropped_because_held_out_too"] == 1
     assert data.report["eval_examples"] == 2
 
@@ -323,11 +325,18 @@ def test_a_pair_may_prefer_a_call_to_words_and_its_prompt_shows_the_tools(folder
 
 
 def test_held_out_pairs_of_a_source_are_read_by_its_own_columns_and_roles(folder, encoder) -> None:
-    asked = [{"role": "guest", "content": "Who bakes?"}]
-    rows = [{"asked": asked, "good": "Anna.", "bad": "Nobody.", "chosen": "x"}]
+    rows = [
+        {"asked": [{"role": "guest", "content": f"Who bakes {n}?"}], "good": "Anna.", "bad": "Nobody.", "chosen": "x"}
+        for n in range(8)
+    ]
     columns = {"prompt": "asked", "chosen": "good", "rejected": "bad"}
     path = write_jsonl(folder / "own.jsonl", rows)
     config = PreferenceDatasetConfig(
-        dataset_name={str(path): {"columns": columns, "roles": {"guest": "user"}}}, eval_fraction=0.999999
+        dataset_name={str(path): {"columns": columns, "roles": {"guest": "user"}}}, eval_fraction=0.5
     )
-    assert held_out_pairs(config, encoder) == [Pair([user("Who bakes?")], assistant("Anna."), assistant("Nobody."))]
+    held_out = prepare_preferences(config, DPOConfig(), encoder).evaluation
+    assert 0 < len(held_out) < 8
+    for pair in held_out:
+        prompt, chosen, rejected = read(encoder, pair)
+        assert f"user\nWho bakes {pair.row}?<|im_end|>" in prompt
+        assert (chosen, rejected) == ("Anna.<|im_end|>", "Nobody.<|im_end|>")

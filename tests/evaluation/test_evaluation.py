@@ -5,25 +5,34 @@ from functools import partial
 from pathlib import Path
 
 import every_family
+import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import random_examples, sample, sharpened, tiny_model
+from helpers import random_examples, random_segment, sample, sharpened, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from modern_llm.config import DPOConfig
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.preference_datasets import Pair
+from modern_llm.data.prepared import Example
 from modern_llm.evaluation.generation import Answer, answer_logprobs, greedy_answers, kl_divergence
-from modern_llm.evaluation.heldout import length_baselines, perplexity, preference_wins, wilson_interval, win
+from modern_llm.evaluation.heldout import (
+    interval_over_pairs,
+    length_baselines,
+    perplexity,
+    preference_wins,
+    wilson_interval,
+    win,
+)
 from modern_llm.models.policy import Policy
 from modern_llm.report.table import markdown
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("The cat", "Why does the moon follow the car?", "No.")]
 
 
-def says(text: str) -> dict:
-    return {"role": "assistant", "content": text}
+def pair_of(chosen: int, rejected: int, prompt: int = 3) -> Example:
+    """Two answers of so many tokens to one prompt."""
+    sides = [random_segment(n, prompt + n, [False] * prompt + [True] * n) for n in (chosen, rejected)]
+    return Example(tuple(sides), row=0)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_tokens_whatever_the_batch(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -33,8 +42,8 @@ def test_perplexity_is_the_exponential_of_the_mean_over_tokens_whatever_the_batc
     logprobs = [float(v.detach()) for e in examples for v in oracle.token_logprobs(values, sample(e.segments[0]))]
     wanted = math.exp(-sum(logprobs) / len(logprobs))
     policy = Policy(model)
-    assert perplexity(policy, examples, 1) == pytest.approx(wanted, rel=1e-5)
-    assert perplexity(policy, examples, 3) == pytest.approx(wanted, rel=1e-5)
+    assert perplexity(policy, examples, 1) == {"perplexity": pytest.approx(wanted, rel=1e-5)}
+    assert perplexity(policy, examples, 3) == {"perplexity": pytest.approx(wanted, rel=1e-5)}
 
 
 def test_greedy_answers_of_a_batch_equal_those_of_each_prompt_alone(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -90,19 +99,18 @@ def test_models_that_give_logits_at_every_position_are_asked_about_the_answer_al
 
 
 def test_a_model_ties_with_itself_on_every_pair(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    pairs = [Pair(prompt, says("Yes, of course."), says("No.")) for prompt in PROMPTS]
+    pairs = [pair_of(5, 2), pair_of(1, 3), pair_of(4, 6)]
     policy, reference = Policy(tiny_model(tokenizer)), Policy(tiny_model(tokenizer))
-    assert preference_wins(policy, reference, pairs, DPOConfig(), ChatEncoder(tokenizer), 2) == [0.5, 0.5, 0.5]
+    assert preference_wins(policy, reference, pairs, 2) == ([0.5] * 3, {"preference_accuracy": 0.5})
 
 
 def test_ties_count_half() -> None:
     assert [win(0.2), win(-0.2), win(0.0)] == [1.0, 0.0, 0.5]
 
 
-def test_length_baselines_count_tokens_and_add_up_to_one(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = (("No. No.", "No."), ("No.", "No. No."), ("No.", "No."), ("No.", "No. No."))
-    pairs = [Pair(PROMPTS[0], says(chosen), says(rejected)) for chosen, rejected in texts]
-    assert length_baselines(pairs, ChatEncoder(tokenizer)) == {"longer_wins": 1.5 / 4, "shorter_wins": 2.5 / 4}
+def test_length_baselines_count_tokens_and_add_up_to_one() -> None:
+    pairs = [pair_of(5, 2), pair_of(2, 5), pair_of(3, 3), pair_of(1, 2)]
+    assert length_baselines(pairs) == {"longer_wins": 1.5 / 4, "shorter_wins": 2.5 / 4}
 
 
 def test_the_wilson_interval_of_60_out_of_100() -> None:
@@ -112,7 +120,57 @@ def test_the_wilson_interval_of_60_out_of_100() -> None:
     assert high == pytest.approx(0.596301 + 0.094302, abs=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.8, 0.95])
+def test_for_one_seed_the_interval_over_pairs_is_wilsons(share: float) -> None:
+    wins = np.arange(200) < 200 * share
+    assert interval_over_pairs(wins.astype(float), 200) == pytest.approx(wilson_interval(share, 200))
+
+
+def test_the_same_judgements_by_more_seeds_narrow_nothing() -> None:
+    """600 pairs judged alike by three seeds are 600, not 1,800."""
+    wins = (np.arange(600) < 590).astype(float)
+    assert interval_over_pairs(wins, 1800) == pytest.approx(wilson_interval(590 / 600, 600))
+    # nothing differs between the pairs: no sign that the seeds judge on their own
+    assert interval_over_pairs(np.ones(600), 1800) == wilson_interval(1.0, 600)
+
+
+@pytest.mark.parametrize("correlation", [0.5, 0.95])
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+@pytest.mark.parametrize("count", [100, 600])
+@pytest.mark.parametrize("share", [0.52, 0.7, 0.93])
+def test_the_interval_over_pairs_covers_the_true_share(share: float, count: int, seeds: int, correlation: float) -> None:
+    """95 % ± 2 %, whatever the number of seeds and however much their judgements of a pair agree.
+
+    Each pair has its own chance to be judged right, from a beta distribution. The true share differs from run to run, since
+    the coverage at a single one depends on which whole numbers of wins are near it.
+    """
+    random, runs, hits = np.random.default_rng(0), 2000, 0
+    for _ in range(runs):
+        true = share + random.uniform(-0.02, 0.02)
+        spread = 1 / correlation - 1
+        chances = random.beta(true * spread, (1 - true) * spread, count)
+        wins = random.random((seeds, count)) < chances
+        low, high = interval_over_pairs(wins.mean(0), wins.size)
+        hits += low <= true <= high
+    assert hits / runs == pytest.approx(0.95, abs=0.02)
+
+
 def test_the_table_leaves_out_what_no_stage_measured() -> None:
     table = markdown({"pretrain": {"perplexity": 3.14159}, "dpo": {"perplexity": 3.0, "preference_accuracy": 0.987}})
     assert table.splitlines()[0] == "| stage | perplexity, held-out text | preference accuracy |"
     assert table.splitlines()[2:] == ["| pretrain | 3.14 | – |", "| dpo | 3.00 | 98.7% |"]
+
+
+def test_the_table_has_a_column_for_each_source_behind_that_of_all() -> None:
+    both = {
+        "perplexity": 3.0,
+        "perplexity/a": 2.0,
+        "preference_accuracy": 0.5,
+        "preference_accuracy/a": 0.25,
+        "perplexity/b": 4.0,
+    }
+    head, _, line = markdown({"dpo": both}).splitlines()
+    assert head == "| stage | perplexity, held-out text | perplexity, held-out text: a | perplexity, held-out text: b | " + (
+        "preference accuracy | preference accuracy: a |"
+    )
+    assert line == "| dpo | 3.00 | 2.00 | 4.00 | 50.0% | 25.0% |"

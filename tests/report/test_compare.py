@@ -2,15 +2,18 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import save_start, tiny_model, write_jsonl
+from helpers import random_segment, save_start, tiny_model, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from modern_llm.cli import main
 from modern_llm.config import DPOConfig, UserError
+from modern_llm.data.prepared import Example
+from modern_llm.evaluation.heldout import interval_over_pairs
 from modern_llm.report.compare import parse_losses, summarize
 
 
@@ -38,13 +41,16 @@ def test_what_cannot_be_compared_is_refused_by_name(text: str, reason: str) -> N
 
 
 def test_a_comparison_by_hand() -> None:
-    """Margins +1, −2, 0 and +3: two wins, one loss, one tie, so 2.5 of 4."""
-    ratios = np.array([[0.0, -1.0], [-3.0, -1.0], [2.0, 2.0], [1.0, -2.0]])
-    found = summarize("sigmoid", ratios, longer_by=np.array([5, -1, -2, 0]), drift=[0.1, 0.2])
-    assert (found.judgements, found.accuracy) == (4, 0.625)
-    assert (found.chosen, found.rejected, found.kl) == (0.0, -0.5, pytest.approx(0.15))
-    assert (found.where_longer, found.where_shorter) == (1.0, 0.25)
-    assert found.interval[0] < 0.625 < found.interval[1]
+    """Margins +1, −2, 0 and +3: two wins, one loss, one tie, so 2.5 of 4; a second seed wins all. Pairs are the unit."""
+    ratios = np.array([[[0.0, -1.0], [-3.0, -1.0], [2.0, 2.0], [1.0, -2.0]], [[0.0, -1.0]] * 4])
+    sides = [(6, 1), (1, 2), (1, 3), (2, 2)]
+    pairs = [Example(tuple(random_segment(n, n + 1, [False, *[True] * n]) for n in both), row=0) for both in sides]
+    found = summarize("sigmoid", ratios, pairs, drift=[0.1, 0.2])
+    assert (found.pairs, found.accuracy) == (4, 6.5 / 8)
+    assert (found.chosen, found.rejected, found.kl) == (0.0, -0.75, pytest.approx(0.15))
+    assert (found.where_longer, found.where_shorter) == (1.0, 0.625)
+    assert found.interval == interval_over_pairs(np.array([1.0, 0.5, 0.75, 1.0]), 8)
+    assert found.sources == {}
 
 
 def test_the_command_trains_every_loss_from_one_reference_and_draws_the_table(
@@ -71,8 +77,8 @@ def test_the_command_trains_every_loss_from_one_reference_and_draws_the_table(
     assert printed.count("reference log-probs found on disk") == 3
     content = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     assert [entry["loss"] for entry in content["losses"]] == ["sigmoid", "ipo:beta=0.5"]
-    assert len({entry["judgements"] for entry in content["losses"]}) == 1
-    assert content["losses"][0]["judgements"] % 2 == 0, "every held-out pair, once for each seed"
+    held_out = {int(number) for number in re.findall(r"eval_examples=(\d+)", printed)}
+    assert {entry["pairs"] for entry in content["losses"]} == held_out, "every held-out pair counts once, whatever the seeds"
     assert all(entry["kl"] > 0 for entry in content["losses"])
     assert "| sigmoid |" in (out / "compare.md").read_text(encoding="utf-8")
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """The KL divergence from the reference that preference training reports, against float64 arithmetic on the saved models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm import AdapterConfig, DPOConfig, PreferenceDatasetConfig, TrainingConfig, run_dpo
 from modern_llm.data.chat import ChatEncoder
-from modern_llm.data.preference_datasets import held_out_pairs
+from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.evaluation import drift
 from modern_llm.evaluation.drift import NEW_TOKENS
 from modern_llm.evaluation.generation import Answer, greedy_answers
@@ -107,7 +108,9 @@ def expected(
     precision: torch.dtype = torch.float32,
 ) -> Any:
     encoder, ends = ChatEncoder(tokenizer), end_token_ids(tokenizer)
-    assert [answer.prompt_ids for answer in answers] == [encoder.prompt(pair.prompt) for pair in held_out_pairs(pairs, encoder)]
+    rows = [json.loads(line) for line in Path(str(pairs.dataset_name)).read_text(encoding="utf-8").splitlines()]
+    held_out = [rows[pair.row]["prompt"] for pair in prepare_preferences(pairs, DPOConfig(), encoder).evaluation]
+    assert [answer.prompt_ids for answer in answers] == [encoder.prompt([{"role": "user", "content": q}]) for q in held_out]
     for answer in answers:
         assert not ends & set(answer.ids[:-1])
         assert answer.ids[-1] in ends or len(answer.ids) == min(NEW_TOKENS, CONTEXT - len(answer.prompt_ids))

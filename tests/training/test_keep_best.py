@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from modern_llm import DPOConfig, InstructionDatasetConfig, PreferenceDatasetConfig, TrainingConfig, run_dpo, run_sft
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import UserError, resolve
+from modern_llm.initial.checkpoint import load_model
 from modern_llm.training import saving
 from modern_llm.training.inputs import key_of, stage_inputs
 from modern_llm.training.loop import Loop
@@ -57,7 +58,8 @@ def test_the_final_checkpoint_is_that_of_the_best_evaluation(start, data, tmp_pa
     assert best < 12, "the run overfits before its end"
     assert f"the final checkpoint has the weights of step {best}, its best eval/loss" in capsys.readouterr().out
     short = sft(start, tmp_path / "short", data, **more, max_steps=best)
-    assert identical(weights(final), weights(short)), "a run that ends there has the same weights"
+    ends_there = dict(load_model(short).named_parameters())
+    assert identical(dict(load_model(final).named_parameters()), ends_there), "a run that ends there has the same weights"
     assert (read_manifest(final) or {})["step"] == best
     assert not list((tmp_path / "run" / "checkpoints").glob("best-*"))
 

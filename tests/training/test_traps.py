@@ -21,6 +21,7 @@ from helpers import (
     ARCHITECTURES,
     KERNELS,
     SENTENCES,
+    encode_pair,
     identical,
     largest_difference,
     logged,
@@ -72,7 +73,6 @@ from modern_llm.config import (
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.loader import Position, StepBatch, epoch_order, micro_batches, steps
 from modern_llm.data.messages import Pair
-from modern_llm.data.preference_datasets import encode_pair
 from modern_llm.data.prepared import Example, PreparedData, mixture_of
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.initial.checkpoint import load_model
