@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -15,9 +15,9 @@ from modern_llm import distributed
 from modern_llm.allocator import steady_memory
 from modern_llm.checkpoint import load_state
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
-from modern_llm.config.data import DatasetConfig
+from modern_llm.config.early import Dataset, check_settings
 from modern_llm.config.io import plain
-from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage
+from modern_llm.config.training import Stage
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.tokenizer import tokenizer_fingerprint
 from modern_llm.exit_codes import Stopped, StorageError
@@ -25,7 +25,7 @@ from modern_llm.initial.checkpoint import load_model, read_initial
 from modern_llm.initial.handoff import contract
 from modern_llm.initial.opened import Opened, open_checkpoint
 from modern_llm.lock import only_writer
-from modern_llm.metrics import RunLog
+from modern_llm.metrics import RunLog, check_trackers
 from modern_llm.models.adapter_folders import load_adapter_weights
 from modern_llm.models.adapters import adapter_layers, add_adapter, describe_left_out, keep_frozen_in
 from modern_llm.models.compilation import compile_layers
@@ -44,41 +44,16 @@ from modern_llm.training.saving import Saver
 from modern_llm.training.speed import foreseen_seconds
 from modern_llm.training.stopping import StopRequest
 
-Dataset = TypeVar("Dataset", bound=DatasetConfig)
 
-
-def check_early(stage: Stage, config: TrainingConfig) -> None:
-    """Refuse what can be refused before anything is loaded.
+def check_early(stage: Stage, config: TrainingConfig, given: Dataset | None, kind: type[Dataset]) -> Dataset:
+    """Refuse what can be refused before anything is loaded; return the data set config, see `check_settings`.
 
     Raises:
-        UserError: the batch arithmetic is wrong, adapters on random weights, a z-loss of pairs, or the run's folder is a file.
+        UserError: a setting, a folder, or a tracker that is not installed or has no login.
     """
-    if stage == "pretrain" and config.adapter is not None:
-        raise UserError("adapter leaves the weights as they are, and in pretraining they are random: leave it out")
-    if stage == "dpo" and config.z_loss:
-        raise UserError(Z_LOSS_OF_PAIRS)
-    resolved = resolve(config, stage, distributed.world_size())
-    assert resolved.output_dir is not None
-    if resolved.output_dir.exists() and not resolved.output_dir.is_dir():
-        raise UserError(f"output_dir={str(resolved.output_dir)!r} is a file: give a folder")
-
-
-def dataset_or_default(given: Dataset | None, config: TrainingConfig, kind: type[Dataset]) -> Dataset:
-    """The data set config that was given, or one built from `train_config.dataset_name`.
-
-    Raises:
-        UserError: neither names a data set, or they name two.
-    """
-    if given is None:
-        if config.dataset_name is None:
-            raise UserError("dataset_name is required: set it in the training config or give a data set config")
-        return kind(dataset_name=config.dataset_name)
-    if config.dataset_name not in (None, given.dataset_name):
-        raise UserError(
-            f"dataset_name={config.dataset_name!r} in the training config and {given.dataset_name!r} in the data set config "
-            f"differ: give one of them"
-        )
-    return given
+    data = check_settings(stage, config, given, kind, distributed.world_size())
+    distributed.on_main(check_trackers)(config.report_to)
+    return data
 
 
 def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str) -> PreTrainedModel | None:
@@ -157,7 +132,7 @@ def train_stage(
         "tokenizer_name": opened.tokenizer_name,
     }
     assert config.output_dir is not None
-    _check_model(model, data, config)
+    _check_model(stage, model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
     with ExitStack() as lock:
         distributed.on_main(lock.enter_context)(only_writer(config.output_dir))
@@ -245,26 +220,28 @@ def _inputs(
     }
 
 
-def _check_model(model: PreTrainedModel, data: PreparedData, config: TrainingConfig) -> None:
+def _check_model(stage: Stage, model: PreTrainedModel, data: PreparedData, config: TrainingConfig) -> None:
     """Refuse what this model cannot do: settings of parts that it lacks, samples that are too long for it."""
     ParameterGroups(model).check(config)
     if config.balance_loss:
         check_routed(model)
-    _check_lengths(model, data)
+    section = "dpo" if stage == "dpo" else "data"
+    place = "dpo_config" if stage == "dpo" else "dataset_config"
+    _check_lengths(model, data, f"{place}.max_length (in a pipeline file {stage}.{section}.max_length)")
 
 
-def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
-    """Refuse samples that are longer than what the model is made for."""
+def _check_lengths(model: PreTrainedModel, data: PreparedData, setting: str) -> None:
+    """Refuse samples that are longer than what the model is made for; `setting` is what to change."""
     limit, longest, turns = context_length(model), data.longest, _angles_change_beyond(model.config)
     if turns is not None and longest > turns:
         raise UserError(
-            f"max_length: a sample has {longest} tokens, but the angles of this model's positions change for all samples of a "
-            f"row where one has more than {turns}: set it to that"
+            f"{setting}: a sample has {longest} tokens, but the angles of this model's positions change for all samples of a "
+            f"row where one has more than {turns}: lower it to {turns}"
         )
     if limit is not None and longest > limit:
         raise UserError(
-            f"max_length: a sample has {longest} tokens, but the context length of the model is {limit} "
-            f"(max_position_embeddings): set it to that"
+            f"{setting}: a sample has {longest} tokens, but the context length of the model is {limit} "
+            f"(max_position_embeddings): lower it to {limit}"
         )
 
 

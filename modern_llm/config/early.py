@@ -1,0 +1,64 @@
+"""What can be refused by the settings alone, before anything is imported or loaded."""
+
+from typing import TypeVar
+
+from modern_llm.config.base import UserError
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.pipeline import PipelineConfig
+from modern_llm.config.resolve import resolve
+from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage, TrainingConfig
+
+Dataset = TypeVar("Dataset", bound=DatasetConfig)
+
+
+def check_settings(
+    stage: Stage, config: TrainingConfig, given: Dataset | None, kind: type[Dataset], ranks: int, place: str = "train_config"
+) -> Dataset:
+    """Return the data set config that was given, or one built from `train_config.dataset_name`.
+
+    Args:
+        stage: which stage.
+        config: how it trains.
+        given: its data set config, if there is one.
+        kind: class of the data set config.
+        ranks: processes that train together.
+        place: where the training config stands, for errors.
+
+    Raises:
+        UserError: the batch arithmetic is wrong, adapters on random weights, a z-loss of pairs, no data set or two, evaluations
+            with nothing held out, or the run's folder is a file.
+    """
+    try:
+        if stage == "pretrain" and config.adapter is not None:
+            raise UserError("adapter leaves the weights as they are, and in pretraining they are random: leave it out")
+        if stage == "dpo" and config.z_loss:
+            raise UserError(Z_LOSS_OF_PAIRS)
+        folder = resolve(config, stage, ranks).output_dir
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UserError(f"output_dir={str(folder)!r} is a file: give a folder")
+        if given is None and config.dataset_name is None:
+            raise UserError("dataset_name is required: set it, or give a data set config")
+        data = kind(dataset_name=config.dataset_name or "") if given is None else given
+        if config.dataset_name not in (None, data.dataset_name):
+            raise UserError(
+                f"dataset_name={config.dataset_name!r} and {data.dataset_name!r} of the data set config differ: give one"
+            )
+        if config.eval_every is not None and not (data.eval_fraction or data.eval_sources()):
+            raise UserError(
+                f"eval_every={config.eval_every}, and nothing is held out to evaluate on: set eval_fraction, eval_split or "
+                f"eval_dataset of the data set config, or leave eval_every out"
+            )
+    except UserError as error:
+        raise UserError(f"{place}.{error}") from None
+    return data
+
+
+def check_pipeline(config: PipelineConfig, ranks: int) -> None:
+    """Refuse what the settings of any stage of a pipeline make impossible.
+
+    Raises:
+        UserError: see `check_settings`.
+    """
+    for stage in config.stages():
+        data = getattr(config, stage).data
+        check_settings(stage, config.training(stage), data, type(data), ranks, f"{stage}.train")
