@@ -151,6 +151,7 @@ def _read(
 @contextmanager
 def _quiet_loader() -> Iterator[None]:
     """Keep transformers' warnings off the terminal: its table of names becomes one line of ours."""
+    # transformers 5.23 lists layers that are not sharded where its modeling_utils has a level of its own: so not that one
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
