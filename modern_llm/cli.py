@@ -274,7 +274,7 @@ def _inspect(words: list[str]) -> None:
     file = _file_first("inspect", words, InspectArguments, "configs/quickstart.yaml --rows 2")
     config = parse(PipelineConfig, "inspect", ["--config", file])
     a = parse(InspectArguments, "inspect FILE", words[1:])
-    _check_names(config.start_checkpoint, "start_checkpoint", config)
+    _check_names(config.start_checkpoint, "start_checkpoint", config if a.stage is None else None)
     from modern_llm.report.rows import inspect
 
     inspect(config, a.stage, a.rows, a.as_json)

@@ -25,8 +25,8 @@ def check_settings(
         place: where the training config stands, for errors.
 
     Raises:
-        UserError: the batch arithmetic is wrong, adapters on random weights, a z-loss of pairs, no data set or two, evaluations
-            with nothing held out, or the run's folder is a file.
+        UserError: the batch arithmetic is wrong, adapters on random weights, a z-loss of pairs, no data set or two, a stream of
+            no length, evaluations with nothing held out, or the run's folder is a file.
     """
     try:
         if stage == "pretrain" and config.adapter is not None:
@@ -43,6 +43,8 @@ def check_settings(
             raise UserError(
                 f"dataset_name={config.dataset_name!r} and {data.dataset_name!r} of the data set config differ: give one"
             )
+        if getattr(data, "streaming", False) and config.max_steps is None:
+            raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
         if config.eval_every is not None and not (data.eval_fraction or data.eval_sources()):
             raise UserError(
                 f"eval_every={config.eval_every}, and nothing is held out to evaluate on: set eval_fraction, eval_split or "

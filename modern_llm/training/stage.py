@@ -119,8 +119,7 @@ def train_stage(
     """
     began = time.monotonic()
     config = resolve(config, stage, distributed.world_size(), rows_per_epoch=data.train.epoch_size)
-    if config.max_steps is None:
-        raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
+    assert config.max_steps is not None, "check_early has refused a stream without it"
     device = distributed.device()
     if device.type == "cpu":
         steady_memory()
