@@ -12,7 +12,7 @@ from typing import Any
 from modern_llm import distributed
 from modern_llm.checkpoint import write_text
 from modern_llm.config import PipelineConfig, StrictModel, TrainingConfig
-from modern_llm.config.early import check_pipeline
+from modern_llm.config.commands import check_pipeline
 from modern_llm.config.io import plain, read_json
 from modern_llm.config.training import Stage
 from modern_llm.evaluation.stages import HeldOut, held_out, measure

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from modern_llm.config.base import StrictModel
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
-from modern_llm.config.early import check_pipeline, check_settings
+from modern_llm.config.early import check_settings
 from modern_llm.config.model import ModelConfig
 from modern_llm.config.paths import FolderPath, Name
 from modern_llm.config.pipeline import DPOStageConfig, PipelineConfig, PretrainStageConfig, SFTStageConfig
@@ -199,6 +199,17 @@ def command_of_file(content: dict[str, Any], wanted: type[BaseModel]) -> str | N
 
 def _keys(kind: type[BaseModel]) -> set[str]:
     return {field.alias or name for name, field in kind.model_fields.items()}
+
+
+def check_pipeline(config: PipelineConfig, ranks: int) -> None:
+    """Refuse what the settings of any stage of a pipeline make impossible.
+
+    Raises:
+        UserError: see `check_settings`.
+    """
+    for stage in config.stages():
+        data = getattr(config, stage).data
+        check_settings(stage, config.training(stage), data, type(data), ranks, f"{stage}.train")
 
 
 def as_pipeline(arguments: BaseModel, ranks: int = 1) -> PipelineConfig:

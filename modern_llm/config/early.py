@@ -4,7 +4,6 @@ from typing import TypeVar
 
 from modern_llm.config.base import UserError
 from modern_llm.config.data import DatasetConfig
-from modern_llm.config.pipeline import PipelineConfig
 from modern_llm.config.resolve import resolve
 from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage, TrainingConfig
 
@@ -53,14 +52,3 @@ def check_settings(
     except UserError as error:
         raise UserError(f"{place}.{error}") from None
     return data
-
-
-def check_pipeline(config: PipelineConfig, ranks: int) -> None:
-    """Refuse what the settings of any stage of a pipeline make impossible.
-
-    Raises:
-        UserError: see `check_settings`.
-    """
-    for stage in config.stages():
-        data = getattr(config, stage).data
-        check_settings(stage, config.training(stage), data, type(data), ranks, f"{stage}.train")
