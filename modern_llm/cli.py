@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from modern_llm.config import PipelineConfig, UserError
 from modern_llm.config.base import did_you_mean, explain, shown
 from modern_llm.config.commands import (
+    USAGE,
     BenchArguments,
     CompareArguments,
     DiffArguments,
@@ -37,33 +38,15 @@ from modern_llm.config.commands import (
     VerifyArguments,
     as_pipeline,
     command_of_file,
+    is_mapping,
     kind_of_file,
+    options_of,
 )
+from modern_llm.config.foreign_names import counterpart
 from modern_llm.config.io import json_schema, read_yaml
 from modern_llm.config.paths import expanded
 from modern_llm.exit_codes import STORAGE_FAILED, WRONG_INPUT, code_of
 from modern_llm.secrets import without_secrets
-
-USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
-
-  run FILE   the whole pipeline of a YAML file: pretrain, SFT, DPO, and a table of what each learned; what is there already is
-             reused (--dry-run: only say what would run, and why)
-  pretrain   train a model from random weights on documents
-  sft        fine-tune a checkpoint on demonstrations
-  dpo        train a checkpoint on preference pairs
-  plan FILE  what a run will need: parameters, tokens, FLOPs, memory, disk, time; nothing is trained
-  bench      what this machine can do: matrix products and copies
-  compare-losses FILE   train one start with several preference losses, and put them in one table
-  inspect FILE   what the data of a pipeline file becomes: counts, and rows as colours
-  verify CHECKPOINT   hash a checkpoint, its ancestors and their data again, and print the chain
-  diff CHECKPOINT CHECKPOINT   why two checkpoints differ
-  replay BATCH   run a batch that was skipped through a checkpoint: which rows are not finite
-  export CHECKPOINT   one plain model folder from a checkpoint: adapters merged, weights in bf16
-  tokenizer  train a tokenizer on documents
-  schema     print the JSON Schema of a pipeline file, for editors
-
-  modern-llm COMMAND --help lists every option with its meaning."""
-
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
 
@@ -74,7 +57,7 @@ def parse(kind: type[Arguments], command: str, words: list[str]) -> Arguments:
     Raises:
         UserError: one line for each problem.
     """
-    words, options, config_path = [_as_option(word) for word in words], _options(kind), None
+    words, options, config_path = [_as_option(word) for word in words], options_of(kind), None
     if options:
         config_path, words = _take("--config", words)
         if {"-h", "--help"} & set(words):
@@ -144,9 +127,9 @@ def _spelled_out(words: list[str], options: dict[str, FieldInfo]) -> list[str]:
         option, _, value = word.partition("=")
         if word in options and options[word].annotation is bool and after.startswith("-"):
             word += "=true"
-        elif option in options and _is_mapping(options[option]) and value == "null":
+        elif option in options and is_mapping(options[option]) and value == "null":
             word = f"{option}={{}}"
-        elif word == "null" and found and found[-1] in options and _is_mapping(options[found[-1]]):
+        elif word == "null" and found and found[-1] in options and is_mapping(options[found[-1]]):
             word = "{}"
         found.append(word)
     return found
@@ -169,7 +152,7 @@ def _complaint(options: dict[str, FieldInfo], message: str) -> str:
     if found := re.match(r"Parsing error encountered for (\S+): ", message):
         option = "--" + found[1].replace("_", "-")
         field = options.get(option)
-        if field is None or not _is_mapping(field):
+        if field is None or not is_mapping(field):
             return f"{option}: {message.removeprefix(found[0])}"
         return f"{option}: give a JSON object, such as {option} '{json.dumps((field.examples or [{}])[0])}', or null for none"
     head = "unrecognized arguments: "
@@ -180,37 +163,39 @@ def _complaint(options: dict[str, FieldInfo], message: str) -> str:
         how = f"a file is given as --config {word}" if word.endswith(".yaml") else "options are --name VALUE or name=VALUE"
         return f"unexpected word '{word}'" + (f": {how}" if options else "")
     name = word.split("=")[0]
-    return f"unknown option '{name}'{did_you_mean(name, [*options, '--config']) if options else ': there are none'}"
+    known = [*options, "--config"]
+    answer = (counterpart(name, known) or did_you_mean(name, known)) if options else ": there are none"
+    return f"unknown option '{name}'{answer}"
 
 
-def _is_mapping(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) is dict
+def _check(arguments: BaseModel, field: str = "start_checkpoint", ranks: int | None = None) -> PipelineConfig:
+    """Refuse settings, and names of nothing, before torch is imported; return the run as a pipeline."""
+    config = as_pipeline(arguments, ranks or int(os.environ.get("WORLD_SIZE", "1")))
+    _check_names(config.start_checkpoint, field, config)
+    return config
 
 
-def _options(kind: type[BaseModel], prefix: str = "--") -> dict[str, FieldInfo]:
-    """Every option of a config class, nested ones with a dot, and its field."""
-    found: dict[str, FieldInfo] = {}
-    for name, field in kind.model_fields.items():
-        option = prefix + (field.alias or name).replace("_", "-")
-        members: list[Any] = [field.annotation, *get_args(field.annotation)]
-        inner = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-        for model in inner:
-            found |= _options(model, option + ".")
-        if not inner:
-            found[option] = field
-    return found
+def _check_names(checkpoint: str | None, field: str, config: PipelineConfig | None = None) -> None:
+    from modern_llm.data.local_files import check_files
+    from modern_llm.foreign import find_settings
+
+    if checkpoint is not None:
+        find_settings(checkpoint, field)
+    for stage in () if config is None else config.stages():
+        check_files(getattr(config, stage).data)
 
 
 def _pretrain(words: list[str]) -> None:
-    arguments = parse(PretrainArguments, "pretrain", words)
+    a = parse(PretrainArguments, "pretrain", words)
+    _check(a)
     from modern_llm.training.train_lm import run_training
 
-    a = arguments
     print(run_training(a.model, a.train_config, a.dataset_config, a.tokenizer_name))
 
 
 def _sft(words: list[str]) -> None:
     a = parse(SFTArguments, "sft", words)
+    _check(a, "pretrain_checkpoint")
     from modern_llm.training.train_sft import run_sft
 
     print(run_sft(a.pretrain_checkpoint, a.train_config, a.dataset_config, a.tokenizer_name))
@@ -218,6 +203,7 @@ def _sft(words: list[str]) -> None:
 
 def _dpo(words: list[str]) -> None:
     a = parse(DPOArguments, "dpo", words)
+    _check(a, "sft_checkpoint")
     from modern_llm.training.train_dpo import run_dpo
 
     print(run_dpo(a.sft_checkpoint, a.train_config, a.dpo_config, a.preference_config, a.tokenizer_name))
@@ -234,6 +220,7 @@ def _run(words: list[str]) -> None:
     elif {"-h", "--help"} & set(words):
         print("--dry-run says what would run, and why, and runs nothing.")
     config = parse(PipelineConfig, "run FILE [--dry-run]", words)
+    _check(config)
     from modern_llm.pipeline import plan_pipeline, run_pipeline
 
     if dry_run == "true":
@@ -253,6 +240,7 @@ def _tokenizer(words: list[str]) -> None:
 def _export(words: list[str]) -> None:
     checkpoint = _file_first("export", words, ExportArguments, "runs/sft/sft_final --output-dir model", "checkpoint")
     a = parse(ExportArguments, "export CHECKPOINT", words[1:])
+    _check_names(checkpoint, "checkpoint")
     from modern_llm.export import export_checkpoint
 
     print(export_checkpoint(checkpoint, a.output_dir, a.dtype))
@@ -271,6 +259,12 @@ def _file_first(command: str, words: list[str], kind: type[BaseModel], example: 
     raise UserError(f"{command}: give the {what} first, e.g. modern-llm {command} {example}")
 
 
+def _refuse_missing(*folders: Path | str) -> None:
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder")
+
+
 def _is_name(word: str) -> bool:
     """Whether a word names a file, a folder or the like, and is no option."""
     return not word.startswith("-") and "=" not in word
@@ -280,6 +274,7 @@ def _inspect(words: list[str]) -> None:
     file = _file_first("inspect", words, InspectArguments, "configs/quickstart.yaml --rows 2")
     config = parse(PipelineConfig, "inspect", ["--config", file])
     a = parse(InspectArguments, "inspect FILE", words[1:])
+    _check_names(config.start_checkpoint, "start_checkpoint", config if a.stage is None else None)
     from modern_llm.report.rows import inspect
 
     inspect(config, a.stage, a.rows, a.as_json)
@@ -289,6 +284,7 @@ def _compare_losses(words: list[str]) -> None:
     file = _file_first("compare-losses", words, CompareArguments, "dpo.yaml --losses sigmoid,ipo")
     a = parse(DPOArguments, "compare-losses", ["--config", file])
     b = parse(CompareArguments, "compare-losses FILE", words[1:])
+    _check(a, "sft_checkpoint")
     from modern_llm.report.compare import compare_losses
 
     compare_losses(a.sft_checkpoint, a.train_config, a.dpo_config, a.preference_config, a.tokenizer_name, b.losses, b.seeds)
@@ -296,12 +292,13 @@ def _compare_losses(words: list[str]) -> None:
 
 def _plan(words: list[str]) -> None:
     file = _file_first("plan", words, PlanArguments, "configs/quickstart.yaml --fit")
-    config = parse(kind_of_file(read_yaml(file)), "plan", ["--config", file])
+    arguments = parse(kind_of_file(read_yaml(file)), "plan", ["--config", file])
     a = parse(PlanArguments, "plan FILE", words[1:])
+    config = _check(arguments, ranks=a.ranks)
     from modern_llm.report.plan import plan
     from modern_llm.report.plan_text import show
 
-    show(plan(as_pipeline(config), measure=not a.no_measure, fit=a.fit, ranks=a.ranks), a.as_json)
+    show(plan(config, measure=not a.no_measure, fit=a.fit, ranks=a.ranks), a.as_json)
 
 
 def _bench(words: list[str]) -> None:
@@ -314,6 +311,7 @@ def _bench(words: list[str]) -> None:
 def _verify(words: list[str]) -> None:
     checkpoint = _file_first("verify", words, VerifyArguments, "experiments/runs/quickstart/dpo/dpo_final", "checkpoint")
     parse(VerifyArguments, "verify CHECKPOINT", words[1:])
+    _refuse_missing(checkpoint)
     from modern_llm.lineage import verify_lineage
 
     verify_lineage(Path(checkpoint))
@@ -324,6 +322,7 @@ def _diff(words: list[str]) -> None:
     parse(DiffArguments, "diff CHECKPOINT CHECKPOINT", words[len(named) :])
     if len(named) < 2:
         raise UserError("diff: give two checkpoints, e.g. modern-llm diff runs/a/sft_final runs/b/sft_final")
+    _refuse_missing(*named)
     from modern_llm.lineage import explain_difference
 
     print(*explain_difference(*named), sep="\n")
@@ -334,6 +333,7 @@ def _replay(words: list[str]) -> None:
         "replay", words, ReplayArguments, "runs/sft/skipped/step-000123 --checkpoint runs/sft/sft_final", "batch"
     )
     a = parse(ReplayArguments, "replay BATCH", words[1:])
+    _refuse_missing(batch)
     from modern_llm.report.replay import replay
 
     replay(Path(batch), a.checkpoint)
@@ -352,13 +352,10 @@ COMMANDS = {
 
 
 def main(command: str | None = None) -> None:
-    """Run a command; errors that the user can put right are one line each. Exit codes: `modern_llm.exit_codes`.
-
-    Args:
-        command: set by `python -m modern_llm.training.train_dpo` and its siblings; else the first word.
-    """
+    """Run a command, by default that of the first word; a user's errors are one line each. Codes: `modern_llm.exit_codes`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is the one bar
+    for library in ("HUB", "DATASETS"):
+        os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")  # ours is the one bar
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries end in one line of ours
     sys.excepthook = _print_bug
     words = sys.argv[1:]

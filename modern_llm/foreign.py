@@ -1,14 +1,18 @@
 """Model folders of others, looked at before a library reads them: files of bounded size, weights in safetensors, no code."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from modern_llm.config import UserError
 from modern_llm.config.base import shown
 from modern_llm.config.io import read_json
+from modern_llm.config.paths import expanded
+from modern_llm.hub import hub
 
 MOST_BYTES = 2**28
 """Of a file with settings or a vocabulary; the largest known one (tokenizer.json of Gemma) has an eighth of it."""
@@ -21,6 +25,28 @@ READ_BY_LIBRARIES = (
 )  # fmt: skip
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields by which a config chooses the code of its layers; `organisation/name` is code from the hub."""
+
+
+def find_settings(checkpoint: Path | str, field: str) -> Path:
+    """Return the local folder of a checkpoint, checked by `check_settings`.
+
+    Args:
+        checkpoint: a folder or a hub id, of which only small files are fetched.
+        field: name of the argument, for errors.
+
+    Raises:
+        UserError: not there, not reachable, or refused.
+    """
+    name = expanded(checkpoint, field)
+    _refuse_files(name, field)
+    with nullcontext() if Path(name).is_dir() else hub():
+        try:
+            return check_settings(name, field)
+        except (OSError, HFValidationError) as error:
+            raise UserError(
+                f"{field}={name!r}: no such folder, and the hub did not give a model of that name "
+                f"({type(error).__name__}): check the spelling, or the network"
+            ) from None
 
 
 def check_settings(checkpoint: Path | str, field: str) -> Path:
@@ -76,3 +102,15 @@ def _fields(settings: Any) -> Iterator[tuple[str, Any]]:
     for field, value in items:
         yield str(field), value
         yield from _fields(value)
+
+
+def _refuse_files(name: str, field: str) -> None:
+    """Refuse a single file, which in older scripts is a pickle, and a path that is not there."""
+    path = Path(name)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".safetensors") or path.is_file():
+        raise UserError(
+            f"{field}={name!r}: a checkpoint is a folder (model.safetensors, config.json, tokenizer files), not a "
+            f"file; a .pt file is a pickle, which can run code when it is loaded, and it lacks the tokenizer"
+        )
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub id looks like this
+        raise UserError(f"{field}={name!r}: no such folder")

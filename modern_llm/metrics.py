@@ -1,6 +1,7 @@
 """Where a run's numbers go: the console, `metrics.jsonl`, and trackers."""
 
 import errno
+import importlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from modern_llm.checkpoint import storing, write_text
 from modern_llm.config import UserError
+from modern_llm.config.base import one_line
 from modern_llm.config.io import parse_json
 from modern_llm.distributed import is_main
 from modern_llm.exit_codes import StorageError
@@ -97,6 +99,7 @@ class RunLog:
         with storing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
         self._forget_after(start_step)
+        check_trackers(report_to)
         self.trackers = [_TRACKERS[name](output_dir, run_name, start_step) for name in report_to]
         self.bar = tqdm(
             total=total_steps,
@@ -195,12 +198,8 @@ class RunLog:
 
 class _TensorBoard:
     def __init__(self, output_dir: Path, run_name: str, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "report_to: tensorboard is not installed: pip install -e '.[trackers]' in the repository's folder"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         purge = start_step + 1 if start_step else None  # what a stopped run wrote after the step it resumes from
         self.writer = SummaryWriter(str(output_dir / "tensorboard" / run_name), purge_step=purge)
 
@@ -220,17 +219,20 @@ class _WandB:
     """Weights & Biases; `WANDB_MODE=offline` writes the run to disk with no network. It gets the numbers and nothing else."""
 
     def __init__(self, output_dir: Path, run_name: str, start_step: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "report_to: wandb is not installed: pip install -e '.[trackers]' in the repository's folder"
-            ) from None
+        import wandb
+
         # by itself it would send the command line, the code's address and diff, and all that is printed
         numbers_only = wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True)
-        self.run = wandb.init(
-            project="modern_llm", name=run_name, dir=str(output_dir), reinit="create_new", settings=numbers_only
-        )
+        kept = output_dir / "wandb" / f"{run_name}.id"
+        run_id = kept.read_text(encoding="utf-8") if start_step and kept.is_file() else None
+        try:
+            self.run = wandb.init(
+                project="modern_llm", name=run_name, dir=str(output_dir), reinit="create_new", settings=numbers_only,
+                id=run_id, resume="allow",
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise UserError(f"report_to: wandb: {one_line(str(error))}") from None
+        write_text(kept, self.run.id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -244,6 +246,29 @@ class _WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse a tracker that is not installed, and W&B without a login.
+
+    Raises:
+        UserError: with what to do.
+    """
+    for name in names:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            raise UserError(
+                f"report_to: {name} is not installed: pip install -e '.[trackers]' in the repository's folder"
+            ) from None
+        if name == "wandb" and module.setup().settings.mode not in ("offline", "disabled", "dryrun"):
+            try:
+                module.login()
+            except module.Error as error:
+                raise UserError(
+                    f"report_to: wandb has no login ({one_line(str(error))}): run `wandb login`, set WANDB_API_KEY, or set "
+                    f"WANDB_MODE=offline"
+                ) from None
 
 
 _TRACKERS = {"tensorboard": _TensorBoard, "wandb": _WandB}

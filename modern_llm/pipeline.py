@@ -12,6 +12,7 @@ from typing import Any
 from modern_llm import distributed
 from modern_llm.checkpoint import write_text
 from modern_llm.config import PipelineConfig, StrictModel, TrainingConfig
+from modern_llm.config.commands import check_pipeline
 from modern_llm.config.io import plain, read_json
 from modern_llm.config.training import Stage
 from modern_llm.evaluation.stages import HeldOut, held_out, measure
@@ -68,15 +69,18 @@ def run_pipeline(pipeline_config: PipelineConfig) -> PipelineResult:
     every = [pipeline_config.training(stage).parallel for stage in pipeline_config.stages()]
     longest = max(every, key=lambda parallel: parallel.timeout_minutes)
     with distributed.process_group(longest):  # joined once for all stages
+        check_pipeline(pipeline_config, distributed.world_size())
         progress = _Progress(pipeline_config)
         start: Path | str | None = pipeline_config.start_checkpoint
+        missed: list[str] = []
         for stage in pipeline_config.stages():
+            if missed and not distributed.main_decides(_is_finished)(pipeline_config, stage, start):
+                break  # rows of later stages that are there stay in the table
             before, start = start, _run_stage(progress, stage, start)
-            missed = distributed.main_decides(_measure)(progress, stage, before)
-            if missed:
-                distributed.on_main(_report)(progress)
-                raise GateError(missed)
+            missed += filter(None, [distributed.main_decides(_measure)(progress, stage, before)])
         distributed.on_main(_report)(progress)
+        if missed:
+            raise GateError("\n".join(missed))
         return PipelineResult(progress.checkpoints, progress.metrics, _report_file(progress))
 
 
@@ -99,6 +103,10 @@ def _decide(config: PipelineConfig, stage: Stage, start: Path | str | None) -> D
     train = config.training(stage)
     inputs = stage_inputs(stage, train, sections_of(config, stage), start, _own_tokenizer(stage, train))
     return decide(stage, train, inputs, config.ignore_code_changes)
+
+
+def _is_finished(config: PipelineConfig, stage: Stage, start: Path | str | None) -> str:
+    return "yes" if _decide(config, stage, start).action == "reuse" else ""
 
 
 def sections_of(config: PipelineConfig, stage: Stage) -> dict[str, StrictModel]:

@@ -58,6 +58,7 @@ SIBLINGS = {
     ("metrics", "checkpoint"),
     ("metrics", "exit_codes"),
     ("metrics", "distributed"),
+    ("foreign", "hub"),
     ("evaluation", "objectives"),
     ("training.in_backward", "training.muon"),
     ("training.optim", "training.in_backward"),
@@ -127,13 +128,13 @@ def imported_modules(module: str, node: ast.AST) -> list[str]:
 
 
 def package_imports(module: str) -> Iterator[tuple[ast.AST, str]]:
-    """Every import of the package by a module, wherever it stands, except the lazy import of `cli` in a stage's `main`."""
+    """Every import of the package by a module, wherever it stands, except that of `cli` by a stage that is run as a program."""
     tree = TREES[MODULES[module]]
     lazy = {
         id(node)
-        for function in tree.body
-        if module.startswith("training.train_") and isinstance(function, ast.FunctionDef) and function.name == "main"
-        for node in ast.walk(function)
+        for block in tree.body
+        if module.startswith("training.train_") and isinstance(block, ast.If)
+        for node in ast.walk(block)
         if imported_modules(module, node) == ["cli"]
     }
     for node in ast.walk(tree):

@@ -12,7 +12,7 @@ from modern_llm import cli
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import PipelineConfig
 from modern_llm.config.base import did_you_mean
-from modern_llm.config.commands import PlanArguments
+from modern_llm.config.commands import DPOArguments, PlanArguments
 
 TINY = "{batch_size: 2, max_steps: 2, log_every: 1}"
 
@@ -49,6 +49,7 @@ def test_dpo_by_its_module_takes_a_file_and_an_override(start: Path, pairs: Path
         [sys.executable, "-m", "modern_llm.training.train_dpo", *words], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no bars and warnings of libraries
     final = tmp_path / "out" / "dpo_final"
     assert done.stdout.splitlines()[-1] == str(final)
     manifest = read_manifest(final)
@@ -86,7 +87,28 @@ def test_every_stage_explains_its_options_without_loading_torch(stage: str) -> N
 
 WRONG = [
     (["dpo", "--dpo-config.betta", "0.1"], "unknown option '--dpo-config.betta'; did you mean '--dpo-config.beta'?"),
+    (
+        ["dpo", "--per-device-train-batch-size", "8"],
+        "unknown option '--per-device-train-batch-size': it is --train-config.micro-batch-size here (batch_size is that of a",
+    ),
+    (["dpo", "train_config.lora_r=8"], "unknown option '--train-config.lora-r': it is --train-config.adapter.rank here"),
+    (
+        ["run", "--save-steps", "8"],
+        "it is --sft.train.save-every or --dpo.train.save-every or --pretrain.train.save-every here",
+    ),
+    (["sft", "--hub-model-id", "me/x"], "nothing is uploaded: use `modern-llm export`, then `hf upload`"),
     (["dpo", "--dpo-config.beta", "much", "--sft-checkpoint", "x"], "dpo_config.beta"),
+    (
+        ["dpo", "--sft-checkpoint", "x", "train_config.eval_every=5", "preference_config.dataset_name=x.jsonl"],
+        "train_config.eval_every=5, and nothing is held out to evaluate on: set eval_fraction, eval_split or eval_dataset of",
+    ),
+    (["sft", "--pretrain-checkpoint", "x"], "train_config.dataset_name is required: set it, or give a data set config"),
+    (["pretrain", "train_config.dataset_name=missing.jsonl"], "dataset_name='missing.jsonl': no such file"),
+    (["dpo", "--sft-checkpoint", "runs/a/b", "train_config.dataset_name=x"], "sft_checkpoint='runs/a/b': no such folder"),
+    (["verify", "nowhere"], "nowhere: no such folder"),
+    (["diff", "nowhere", "there"], "nowhere: no such folder"),
+    (["replay", "nowhere", "--checkpoint", "x"], "nowhere: no such folder"),
+    (["export", "./nowhere", "--output-dir", "x"], "checkpoint='./nowhere': no such folder"),
     (["dpo", "--dpo-config.beta", "0.1"], "sft_checkpoint: is required"),
     (["rum"], "unknown command 'rum'; did you mean 'run'?"),
     (["run", "missing.yaml"], "missing.yaml: cannot be read"),
@@ -137,6 +159,43 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(
     assert err.startswith("error: ")
     assert out == ""
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_no_wrong_call_waits_for_torch(tmp_path: Path) -> None:
+    (tmp_path / "typo.yaml").write_text("{start_checkpoint: m, sft: {data: {dataset_name: x}, train: {lerning_rate: 1}}}")
+    (tmp_path / "early.yaml").write_text("{pretrain: {data: {dataset_name: x}, train: {eval_every: 1}}}")
+    files = [["run", "typo.yaml"], ["run", "early.yaml"], ["plan", "early.yaml"], ["inspect", "typo.yaml"]]
+    code = (
+        "import runpy, sys\n"
+        "from modern_llm import cli\n"
+        f"calls = [('modern_llm', words) for words in {[words for words, _ in WRONG] + files!r}]\n"
+        "calls += [(f'modern_llm.training.{stage}', ['--bad']) for stage in ('train_lm', 'train_sft', 'train_dpo')]\n"
+        "for module, words in calls:\n"
+        "    sys.argv = ['x', *words]\n"
+        "    try: runpy.run_module(module, run_name='__main__')\n"
+        "    except SystemExit as stop: assert stop.code == 2, words\n"
+        "    else: raise AssertionError(words)\n"
+        "    assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("error: ") == len(WRONG) + len(files) + 3
+
+
+def test_an_option_like_none_is_answered_with_the_three_nearest(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "dpo", "--train-config.zzz", "1") == 2
+    said = capsys.readouterr().err
+    assert said.count("--") == 5  # the option itself, three others, and --help
+    assert said.startswith("error: unknown option '--train-config.zzz'; nearest are --train-config.")
+
+
+def test_trackers_may_be_given_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "dpo.yaml"
+    for text, found in (("wandb", ("wandb",)), ("none", ()), ("wandb,tensorboard", ("wandb", "tensorboard"))):
+        file.write_text(f"{{sft_checkpoint: m, train_config: {{report_to: '{text}'}}}}", encoding="utf-8")
+        words = ["--sft-checkpoint", "m", f"train_config.report_to={text}"]
+        for given in (["--config", str(file)], words):
+            assert cli.parse(DPOArguments, "dpo", given).train_config.report_to == found
 
 
 STAGE_FILES = {

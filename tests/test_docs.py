@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def run_words(words: list[str]) -> tuple[int, str]:
             if words[0] == "python":
                 _, _, module, *rest = words
                 sys.argv = [module, *rest]
-                importlib.import_module(module).main()
+                runpy.run_module(module, run_name="__main__")
             else:
                 cli.main()
     except SystemExit as stopped:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,20 +165,51 @@ def test_a_resumed_run_drops_what_tensorboard_has_after_the_step_it_resumes_from
     assert [(event.step, event.value) for event in written.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
-def test_wandb_writes_a_run_to_disk_without_a_network(tmp_path, clean_environment) -> None:
+@pytest.fixture
+def offline(tmp_path, clean_environment):
+    """W&B without a network, and without what the machine's user has set."""
     wandb = pytest.importorskip("wandb")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         clean_environment.delenv(name)
-    clean_environment.setenv("WANDB_MODE", "offline")
-    clean_environment.setenv("WANDB_SILENT", "true")
-    clean_environment.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    clean_environment.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    try:
-        with open_log(tmp_path / "run", report_to=("wandb",)) as log:
-            log.log(1, {"loss": 0.5})
-            log.log(2, {"loss": 0.25})
-    finally:
-        wandb.teardown()
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONFIG_DIR": tmp_path / "c", "CACHE_DIR": tmp_path / "d"}.items():
+        clean_environment.setenv(f"WANDB_{name}", str(value))
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_resumed_run_continues_its_wandb_run_and_a_new_one_does_not(tmp_path) -> None:
+    ids = []
+    for start_step in (0, 2, 0):
+        with open_log(tmp_path, start_step=start_step, report_to=("wandb",)) as log:
+            log.log(start_step + 1, {"loss": 1.0})
+            ids.append(log.trackers[0].run.id)
+    assert ids[0] == ids[1] != ids[2]
+    assert {folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")} == set(ids)
+
+
+def test_wandb_without_a_login_is_one_line_before_anything_is_prepared(tmp_path, start) -> None:
+    pytest.importorskip("wandb")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_CONFIG_DIR": str(tmp_path)}
+    words = ["--pretrain-checkpoint", str(start), "train_config.report_to=wandb", "train_config.output_dir=out"]
+    command = [sys.executable, "-m", "modern_llm", "sft", *words, "train_config.dataset_name=builtin:village"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert said.startswith("error: report_to: wandb has no login (")
+    assert said.endswith("): run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("offline")
+def test_wandb_writes_a_run_to_disk_without_a_network(tmp_path) -> None:
+    with open_log(tmp_path / "run", report_to=("wandb",)) as log:
+        log.log(1, {"loss": 0.5})
+        log.log(2, {"loss": 0.25})
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     (written,) = folder.glob("*.wandb")
     content = written.read_bytes()

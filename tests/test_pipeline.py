@@ -10,8 +10,9 @@ import pytest
 from helpers import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modern_llm import PipelineConfig, load_config, run_pipeline
+from modern_llm import PipelineConfig, UserError, load_config, run_pipeline
 from modern_llm.checkpoint import read_manifest
+from modern_llm.exit_codes import GateError
 
 TRAIN = "{batch_size: 8, max_steps: 2, log_every: 1}"
 
@@ -93,6 +94,33 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(tmp_path: P
         assert manifest is not None
         weights.append(manifest["weights"])
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_missed_gate_keeps_the_rows_of_stages_that_are_done(tmp_path: Path) -> None:
+    config = load_config(PipelineConfig, pipeline_file(tmp_path, files_in(tmp_path)))
+    before = run_pipeline(config).report.read_text(encoding="utf-8")
+    gated = config.model_copy(update={"gates": {"pretrain": {"perplexity": "< 1"}, "dpo": {"perplexity": "< 1"}}})
+    with pytest.raises(GateError) as missed:
+        run_pipeline(gated)
+    assert [line.split(":")[0] for line in str(missed.value).splitlines()] == [
+        "gates.pretrain.perplexity",
+        "gates.dpo.perplexity",
+    ]
+    after = (tmp_path / "runs" / "results.md").read_text(encoding="utf-8")
+    rows = [[line for line in text.splitlines() if line.startswith("| ")] for text in (before, after)]
+    assert rows[0] == rows[1]
+    assert len(rows[1]) >= 4
+
+
+def test_a_pipeline_refuses_what_a_later_stage_could_not_do_before_the_first_stage(tmp_path: Path) -> None:
+    config = load_config(PipelineConfig, pipeline_file(tmp_path, files_in(tmp_path)))
+    assert config.dpo is not None
+    blind = config.dpo.data.model_copy(update={"eval_split": None})
+    train = config.dpo.train.model_copy(update={"eval_every": 1})
+    dpo = config.dpo.model_copy(update={"data": blind, "train": train})
+    with pytest.raises(UserError, match=r"dpo\.train\.eval_every=1, and nothing is held out"):
+        run_pipeline(config.model_copy(update={"dpo": dpo}))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_gate_that_is_missed_ends_every_rank_of_torchrun(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
+from modern_llm.config.foreign_names import counterpart
+
 
 class UserError(ValueError):
     """Something the user can put right: the message names the field or file, the value, and what to do.
@@ -15,14 +17,22 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'batch_size'?"` for the nearest known name, or the list of all when nothing is near.
+    """`"; did you mean 'batch_size'?"` for the nearest known name; where nothing is near, the list of all, or three options.
 
     Of dotted names the last parts must be alike: those before them are alike in every option of a section.
     """
     known = sorted(known)
-    alike = difflib.get_close_matches(_last_part(name), {_last_part(other) for other in known}, n=1, cutoff=0.6)
-    near = difflib.get_close_matches(name, [other for other in known if _last_part(other) in alike], n=1, cutoff=0.0)
-    return f"; did you mean '{near[0]}'?" if near else f"; known are: {', '.join(known)}"
+    if near := _nearest(name, known, 1, cutoff=0.6):
+        return f"; did you mean '{near[0]}'?"
+    if not known[0].startswith("--"):
+        return f"; known are: {', '.join(known)}"
+    return f"; nearest are {', '.join(_nearest(name, known, 3, cutoff=0.0))}: see --help"
+
+
+def _nearest(name: str, known: list[str], number: int, cutoff: float) -> list[str]:
+    alike = difflib.get_close_matches(_last_part(name), {_last_part(other) for other in known}, number, cutoff)
+    groups = [[other for other in known if _last_part(other) == last] for last in alike]
+    return [difflib.get_close_matches(name, group, n=1, cutoff=0.0)[0] for group in groups]
 
 
 def _last_part(name: str) -> str:
@@ -47,7 +57,8 @@ class StrictModel(BaseModel):
             known = {field.alias or name for name, field in cls.model_fields.items()}
             for key in values:
                 if key not in known:
-                    raise ValueError(f"unknown field '{key}' in {cls.__name__}{did_you_mean(str(key), known)}")
+                    answer = counterpart(str(key), known, cls.__name__) or did_you_mean(str(key), known)
+                    raise ValueError(f"unknown field '{key}' in {cls.__name__}{answer}")
         return values
 
     @field_validator("*", mode="before")

@@ -1,16 +1,38 @@
 """Arguments of the commands, as they stand in a YAML file or on the command line."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.fields import FieldInfo
 
-from modern_llm.config.base import StrictModel, UserError
+from modern_llm.config.base import StrictModel
 from modern_llm.config.data import InstructionDatasetConfig, LanguageModelingDatasetConfig, PreferenceDatasetConfig
 from modern_llm.config.dpo import DPOConfig
+from modern_llm.config.early import check_settings
 from modern_llm.config.model import ModelConfig
 from modern_llm.config.paths import FolderPath, Name
 from modern_llm.config.pipeline import DPOStageConfig, PipelineConfig, PretrainStageConfig, SFTStageConfig
 from modern_llm.config.training import Stage, TrainingConfig
+
+USAGE = """usage: modern-llm COMMAND [--config FILE] [--option VALUE | option=VALUE ...]
+
+  run FILE   the whole pipeline of a YAML file: pretrain, SFT, DPO, and a table of what each learned; what is there already is
+             reused (--dry-run: only say what would run, and why)
+  pretrain   train a model from random weights on documents
+  sft        fine-tune a checkpoint on demonstrations
+  dpo        train a checkpoint on preference pairs
+  plan FILE  what a run will need: parameters, tokens, FLOPs, memory, disk, time; nothing is trained
+  bench      what this machine can do: matrix products and copies
+  compare-losses FILE   train one start with several preference losses, and put them in one table
+  inspect FILE   what the data of a pipeline file becomes: counts, and rows as colours
+  verify CHECKPOINT   hash a checkpoint, its ancestors and their data again, and print the chain
+  diff CHECKPOINT CHECKPOINT   why two checkpoints differ
+  replay BATCH   run a batch that was skipped through a checkpoint: which rows are not finite
+  export CHECKPOINT   one plain model folder from a checkpoint: adapters merged, weights in bf16
+  tokenizer  train a tokenizer on documents
+  schema     print the JSON Schema of a pipeline file, for editors
+
+  modern-llm COMMAND --help lists every option with its meaning."""
 
 
 class PretrainArguments(StrictModel):
@@ -139,6 +161,25 @@ class PlanArguments(StrictModel):
     """Print one JSON object."""
 
 
+def is_mapping(field: FieldInfo) -> bool:
+    """True for a field that is a dict."""
+    return get_origin(field.annotation) is dict
+
+
+def options_of(kind: type[BaseModel], prefix: str = "--") -> dict[str, FieldInfo]:
+    """Every option of a config class, nested ones with a dot, and its field."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in kind.model_fields.items():
+        option = prefix + (field.alias or name).replace("_", "-")
+        members: list[Any] = [field.annotation, *get_args(field.annotation)]
+        inner = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        for model in inner:
+            found |= options_of(model, option + ".")
+        if not inner:
+            found[option] = field
+    return found
+
+
 def kind_of_file(content: dict[str, Any]) -> type[BaseModel]:
     """Whether a file holds a whole pipeline, or the arguments of one stage; by its keys."""
     if content.keys() & {"sft_checkpoint", "dpo_config", "preference_config"}:
@@ -160,25 +201,38 @@ def _keys(kind: type[BaseModel]) -> set[str]:
     return {field.alias or name for name, field in kind.model_fields.items()}
 
 
-def as_pipeline(arguments: BaseModel) -> PipelineConfig:
-    """A stage's arguments as a pipeline of that stage alone; a pipeline as it is.
+def check_pipeline(config: PipelineConfig, ranks: int) -> None:
+    """Refuse what the settings of any stage of a pipeline make impossible.
 
     Raises:
-        UserError: no data set is named.
+        UserError: see `check_settings`.
     """
-    if isinstance(arguments, PipelineConfig):
-        return arguments
-    assert isinstance(arguments, PretrainArguments | SFTArguments | DPOArguments)
-    train = arguments.train_config
-    if arguments.tokenizer_name is not None:
-        train = train.model_copy(update={"tokenizer_name": arguments.tokenizer_name})
-    given = arguments.preference_config if isinstance(arguments, DPOArguments) else arguments.dataset_config
-    if given is None and train.dataset_name is None:
-        raise UserError("dataset_name is required: set it in the training config or give a data set config")
-    data: Any = given or {"dataset_name": train.dataset_name}
-    if isinstance(arguments, PretrainArguments):
-        return PipelineConfig(pretrain=PretrainStageConfig(model=arguments.model, train=train, data=data))
-    if isinstance(arguments, SFTArguments):
-        return PipelineConfig(start_checkpoint=arguments.pretrain_checkpoint, sft=SFTStageConfig(train=train, data=data))
-    stage = DPOStageConfig(train=train, dpo=arguments.dpo_config, data=data)
-    return PipelineConfig(start_checkpoint=arguments.sft_checkpoint, dpo=stage)
+    for stage in config.stages():
+        data = getattr(config, stage).data
+        check_settings(stage, config.training(stage), data, type(data), ranks, f"{stage}.train")
+
+
+def as_pipeline(arguments: BaseModel, ranks: int = 1) -> PipelineConfig:
+    """Check the settings of a command, and return a stage's as a pipeline of that stage alone.
+
+    Args:
+        arguments: of the command, or a whole pipeline.
+        ranks: processes that train together.
+
+    Raises:
+        UserError: see `check_settings`.
+    """
+    a = arguments
+    if isinstance(a, PipelineConfig):
+        check_pipeline(a, ranks)
+        return a
+    assert isinstance(a, PretrainArguments | SFTArguments | DPOArguments)
+    train = a.train_config.model_copy(update={"tokenizer_name": a.tokenizer_name} if a.tokenizer_name else {})
+    if isinstance(a, PretrainArguments):
+        documents = check_settings("pretrain", train, a.dataset_config, LanguageModelingDatasetConfig, ranks)
+        return PipelineConfig(pretrain=PretrainStageConfig(model=a.model, train=train, data=documents))
+    if isinstance(a, SFTArguments):
+        chats = check_settings("sft", train, a.dataset_config, InstructionDatasetConfig, ranks)
+        return PipelineConfig(start_checkpoint=a.pretrain_checkpoint, sft=SFTStageConfig(train=train, data=chats))
+    pairs = check_settings("dpo", train, a.preference_config, PreferenceDatasetConfig, ranks)
+    return PipelineConfig(start_checkpoint=a.sft_checkpoint, dpo=DPOStageConfig(train=train, dpo=a.dpo_config, data=pairs))

@@ -4,7 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from modern_llm.config.adapter import AdapterConfig
 from modern_llm.config.base import StrictModel
@@ -200,9 +209,17 @@ class TrainingConfig(StrictModel):
     """A periodic checkpoint (or a line of `metrics.jsonl`) that cannot be written, as on a full disk: `stop` ends the run, with
     exit code 74; `warn` says so loudly and goes on. A final checkpoint that cannot be written is always an error."""
     report_to: tuple[Tracker, ...] = ()
-    """Trackers besides `metrics.jsonl` and the console; need `pip install -e '.[trackers]'` in the repository's folder."""
+    """Trackers besides `metrics.jsonl` and the console, as a list or as `wandb,tensorboard`; need `pip install -e
+    '.[trackers]'` in the repository's folder."""
     parallel: ParallelConfig = ParallelConfig()
     """How several processes train together."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers_as_text(cls, value: Any) -> Any:
+        """`wandb`, `wandb,tensorboard` or `none`, as other trainers take it."""
+        names = value.split(",") if isinstance(value, str) else value
+        return tuple(name for name in names if name != "none") if isinstance(names, list | tuple) else names
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -86,7 +86,7 @@ class Blocks(Part):
             max_length: tokens of a block.
         """
         if max_length < 2:
-            raise UserError(f"max_length={max_length}: a block holds at least 2 tokens, one to see and one to predict")
+            raise UserError(f"dataset_config.max_length={max_length} (or model_config.max_seq_len): set 2 or more")
         self.store, self.documents, self.max_length = store, documents, max_length
         lengths = store.example_tokens()[documents]
         self.starts, self.fed = _lay_out(lengths, max_length)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from modern_llm.config import UserError
+from modern_llm.config.data import DatasetConfig
+from modern_llm.config.memory import MEMORY
 from modern_llm.data.raw_files import COMPRESSIONS
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -44,6 +46,27 @@ def standard_split(name: str) -> str:
 
 def is_glob(name: str) -> bool:
     return bool(set("*?[") & set(name))
+
+
+def is_local(name: str) -> bool:
+    path = Path(name)
+    return path.exists() or is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~", MEMORY))
+
+
+def is_saved_table(path: Path) -> bool:
+    """True for a folder saved by `datasets`."""
+    return any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+
+
+def check_files(config: DatasetConfig) -> None:
+    """Refuse local files that are not there, or not of the split, without reading any.
+
+    Raises:
+        UserError: see `split_files`.
+    """
+    for name, source in [*config.sources().items(), *(config.eval_sources() or {}).items()]:
+        if is_local(name) and not name.startswith(MEMORY) and not is_saved_table(Path(name)):
+            split_files(Path(name), name, (source.split or "train").partition("[")[0])
 
 
 def split_files(path: Path, name: str, split: str) -> tuple[list[Path], dict[str, int]]:

@@ -16,7 +16,7 @@ from modern_llm.checkpoint import sha256_of_file
 from modern_llm.config import UserError
 from modern_llm.config.data import DatasetConfig, SourceConfig
 from modern_llm.config.memory import MEMORY, memory_rows
-from modern_llm.data.local_files import FORMATS, file_format, is_glob, split_files
+from modern_llm.data.local_files import file_format, is_local, is_saved_table, split_files
 from modern_llm.data.readers import BadRows, Row, last_line, read_file
 from modern_llm.data.village import VILLAGE_NAME, village_rows
 from modern_llm.hub import hub
@@ -55,7 +55,7 @@ def open_source(name: str, config: SourceConfig, kind: Kind) -> Source:
         source: Source = _Village(kind, split)
     elif name.startswith("builtin:"):
         raise UserError(f"dataset_name={name!r}: the only built-in data set is {VILLAGE_NAME!r}")
-    elif _is_local(name):
+    elif is_local(name):
         source = _local(name, config, split)
     else:
         source = _Table(_hub_table(name, config, split), f"{name}[{split}]")
@@ -69,12 +69,7 @@ def open_source(name: str, config: SourceConfig, kind: Kind) -> Source:
 
 def left_out_files(name: str, config: SourceConfig, kind: Kind) -> Mapping[str, int]:
     """Counts for the report of a source that is streamed: files that are there and not read."""
-    return open_source(name, config, kind).left_out if _is_local(name) else {}
-
-
-def _is_local(name: str) -> bool:
-    path = Path(name)
-    return path.exists() or is_glob(name) or file_format(path) in FORMATS or name.startswith(("/", "./", "../", "~", MEMORY))
+    return open_source(name, config, kind).left_out if is_local(name) else {}
 
 
 def _local(name: str, config: SourceConfig, split: str) -> Source:
@@ -83,7 +78,7 @@ def _local(name: str, config: SourceConfig, split: str) -> Source:
     if name.startswith(MEMORY):
         rows, digest = memory_rows(name, base)
         source: Source = _Table(rows, f"{name}[{base}]", digest)
-    elif path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+    elif is_saved_table(path):
         source = _saved_table(path, base)
     else:
         source = _Files(*split_files(path, name, base), config, base if path.is_file() else "train")
@@ -257,7 +252,7 @@ def stream_rows(name: str, config: SourceConfig, kind: Kind, bad: BadRows) -> It
     Raises:
         UserError: as `open_source`, or the hub stops answering on the way.
     """
-    if name.startswith("builtin:") or _is_local(name):
+    if name.startswith("builtin:") or is_local(name):
         return open_source(name, config, kind).rows(bad)
     return bad.watch(_streamed_rows(name, config, config.split or "train"))
 

@@ -1,12 +1,10 @@
 """One value for what a run begins from, read and checked once; every stage, `plan`, `inspect` and `export` begin with it."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm.checkpoint import DamagedError, read_manifest, sha256_of_file, verify, weights_hash
@@ -14,7 +12,7 @@ from modern_llm.config import UserError
 from modern_llm.config.paths import expanded
 from modern_llm.data.known_templates import with_chat_template
 from modern_llm.data.tokenizer import read_tokenizer, tokenizer_fingerprint
-from modern_llm.foreign import INDEX, check_settings
+from modern_llm.foreign import INDEX, find_settings
 from modern_llm.hub import commit_of, hub
 from modern_llm.initial.architecture import read_architecture
 from modern_llm.initial.generation import read_generation
@@ -200,45 +198,24 @@ def read_initial(checkpoint: Path | str, field: str = "checkpoint") -> InitialCh
         UserError: not there, not reachable, no causal language model, quantized in a way that is not unpacked, pickles, code of
             its own, or adapters of a model that is not there.
     """
-    name = expanded(checkpoint, field)
-    _refuse_files(name, field)
-    with nullcontext() if Path(name).is_dir() else hub():
-        try:
-            folder = check_settings(name, field)
-        except (OSError, HFValidationError) as error:
-            raise UserError(
-                f"{field}={name!r}: no such folder, and the hub did not give a model of that name "
-                f"({type(error).__name__}): check the spelling, or the network"
-            ) from None
-        manifest = read_manifest(folder)
-        if is_adapter(folder):
-            if any((folder / file).is_file() for file in ("model.safetensors", INDEX)):
-                raise UserError(f"{field}={name!r}: holds a model and adapters: move one of them into a folder of its own")
-            base = read_initial(base_of(folder, field), field)
-            generation, notes = read_generation(folder)
-            return InitialCheckpoint(
-                name, field, folder, manifest, base, base.config, generation or base.generation, (*base.notes, *notes)
-            )
-        config, about_config = read_architecture(folder, f"{field}={name!r}")
+    name, folder = expanded(checkpoint, field), find_settings(checkpoint, field)
+    manifest = read_manifest(folder)
+    if is_adapter(folder):
+        if any((folder / file).is_file() for file in ("model.safetensors", INDEX)):
+            raise UserError(f"{field}={name!r}: holds a model and adapters: move one of them into a folder of its own")
+        base = read_initial(base_of(folder, field), field)
         generation, notes = read_generation(folder)
-        return InitialCheckpoint(name, field, folder, manifest, None, config, generation, (*about_config, *notes))
+        return InitialCheckpoint(
+            name, field, folder, manifest, base, base.config, generation or base.generation, (*base.notes, *notes)
+        )
+    config, about_config = read_architecture(folder, f"{field}={name!r}")
+    generation, notes = read_generation(folder)
+    return InitialCheckpoint(name, field, folder, manifest, None, config, generation, (*about_config, *notes))
 
 
 def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedModel:
     """Load a model in fp32, adapters merged: `read_initial` and `load` in one call."""
     return read_initial(checkpoint, field).load()
-
-
-def _refuse_files(name: str, field: str) -> None:
-    """Refuse a single file, which in older scripts is a pickle, and a path that is not there."""
-    path = Path(name)
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".safetensors") or path.is_file():
-        raise UserError(
-            f"{field}={name!r}: a checkpoint is a folder (model.safetensors, config.json, tokenizer files), not a "
-            f"file; a .pt file is a pickle, which can run code when it is loaded, and it lacks the tokenizer"
-        )
-    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub id looks like this
-        raise UserError(f"{field}={name!r}: no such folder")
 
 
 def identity(checkpoint: Path | str, field: str = "checkpoint") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
 from modern_llm.config.io import read_json
 from modern_llm.foreign import INDEX
 from modern_llm.initial.architecture import BNB_4BIT, UNREADABLE, quantization_of, reason_of
+
+if not sys.stderr.isatty():  # "Loading weights", "Writing model shards": every loader and saver imports this file
+    disable_progress_bar()
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch's wrappers put into names, at any place."""
@@ -145,8 +150,9 @@ def _read(
 
 @contextmanager
 def _quiet_loader() -> Iterator[None]:
-    """Keep transformers' table of names off the terminal: what it says becomes one line of ours."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    """Keep transformers' warnings off the terminal: its table of names becomes one line of ours."""
+    # transformers 5.23 lists layers that are not sharded where its modeling_utils has a level of its own: so not that one
+    logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -23,7 +23,7 @@ from modern_llm.initial.checkpoint import load_model
 from modern_llm.initial.opened import open_checkpoint
 from modern_llm.models.policy import Policy, frozen
 from modern_llm.secrets import record_without_secrets
-from modern_llm.training.stage import dataset_or_default
+from modern_llm.training.checks import check_early
 from modern_llm.training.train_dpo import run_dpo
 
 OUTPUT = Path("experiments/runs/compare-losses")
@@ -99,7 +99,7 @@ def compare_losses(
         UserError: a config is wrong, or no pair is held out.
     """
     configs = parse_losses(losses, dpo_config)
-    data = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
+    data = check_early("dpo", train_config, preference_config, PreferenceDatasetConfig)
     tokenizer_name = tokenizer_name or train_config.tokenizer_name
     opened = open_checkpoint(start, tokenizer_name, "sft_checkpoint", chat_template=data.chat_template)
     encoder = ChatEncoder(opened.tokenizer)

@@ -5,71 +5,65 @@ from typing import get_args
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modern_llm import distributed
-from modern_llm.config import TrainingConfig, UserError, resolve
-from modern_llm.config.training import Z_LOSS_OF_PAIRS, Metric, Stage
+from modern_llm.config import TrainingConfig, UserError
+from modern_llm.config.early import Dataset, check_settings
+from modern_llm.config.training import Metric, Stage
 from modern_llm.data.prepared import PreparedData
+from modern_llm.metrics import check_trackers
 from modern_llm.models.policy import context_length
 from modern_llm.models.routing import check_routed
 from modern_llm.objectives import Objective
 from modern_llm.training.optim import ParameterGroups
 
 
-def check_early(stage: Stage, config: TrainingConfig) -> None:
-    """Refuse what can be refused before anything is loaded.
+def check_early(stage: Stage, config: TrainingConfig, given: Dataset | None, kind: type[Dataset]) -> Dataset:
+    """Refuse what can be refused before anything is loaded; return the data set config, see `check_settings`.
 
     Raises:
-        UserError: the batch arithmetic is wrong, adapters on random weights, a z-loss of pairs, or the run's folder is a file.
+        UserError: a setting, a folder, or a tracker that is not installed or has no login.
     """
-    if stage == "pretrain" and config.adapter is not None:
-        raise UserError("adapter leaves the weights as they are, and in pretraining they are random: leave it out")
-    if stage == "dpo" and config.z_loss:
-        raise UserError(Z_LOSS_OF_PAIRS)
-    resolved = resolve(config, stage, distributed.world_size())
-    assert resolved.output_dir is not None
-    if resolved.output_dir.exists() and not resolved.output_dir.is_dir():
-        raise UserError(f"output_dir={str(resolved.output_dir)!r} is a file: give a folder")
+    data = check_settings(stage, config, given, kind, distributed.world_size())
+    distributed.on_main(check_trackers)(config.report_to)
+    return data
 
 
 def check_run(config: TrainingConfig, data: PreparedData, objective: Objective) -> None:
-    """Refuse settings that this data or this objective has no meaning for.
+    """Refuse settings that this objective, or the data as it turned out, has no meaning for.
 
     Raises:
-        UserError: a length in epochs of a stream, or a metric that the stage does not have.
+        UserError: with the setting's name.
     """
-    for name in ("eval_every", "save_every", "log_every"):
-        if isinstance(every := getattr(config, name), str):
-            raise UserError(f"{name}={every!r}: how long a pass over a stream is shows only at its end: give optimizer steps")
-    if config.max_steps is None:
-        raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
+    assert config.max_steps is not None, "check_early has refused a stream without it"
     if config.keep_best is not None and config.keep_best not in (known := ("loss", *objective.units)):
         metrics = ", ".join(name for name in known if name in get_args(Metric))
         raise UserError(f"keep_best={config.keep_best!r} is no metric of this stage: it has {metrics}")
-    if not data.evaluation:
-        for name in ("keep_best", "early_stopping", "answer_prompts", "eval_at_start"):
-            if getattr(config, name):
-                raise UserError(f"{name} needs held-out data: set eval_fraction, eval_split or eval_dataset of the data set")
+    for name in ("keep_best", "early_stopping", "answer_prompts"):
+        if getattr(config, name) and not data.evaluation:
+            raise UserError(f"{name} needs held-out data, and no row of this data set is held out: raise eval_fraction")
 
 
-def check_model(model: PreTrainedModel, data: PreparedData, config: TrainingConfig) -> None:
+def check_model(stage: Stage, model: PreTrainedModel, data: PreparedData, config: TrainingConfig) -> None:
     """Refuse what this model cannot do: settings of parts that it lacks, samples that are too long for it."""
     ParameterGroups(model).check(config)
     if config.balance_loss:
         check_routed(model)
-    _check_lengths(model, data)
+    section = "dpo" if stage == "dpo" else "data"
+    place = "dpo_config" if stage == "dpo" else "dataset_config"
+    _check_lengths(model, data, f"{place}.max_length (in a pipeline file {stage}.{section}.max_length)")
 
 
-def _check_lengths(model: PreTrainedModel, data: PreparedData) -> None:
-    """Refuse samples that are longer than what the model is made for."""
+def _check_lengths(model: PreTrainedModel, data: PreparedData, setting: str) -> None:
+    """Refuse samples that are longer than what the model is made for; `setting` is what to change."""
     limit, longest, turns = context_length(model), data.longest, _angles_change_beyond(model.config)
     if turns is not None and longest > turns:
         raise UserError(
-            f"max_length: a sample has {longest} tokens, but the angles of this model's positions change for all samples of a "
-            f"row where one has more than {turns}: set it to that"
+            f"{setting}: a sample has {longest} tokens, but the angles of this model's positions change for all samples of a "
+            f"row where one has more than {turns}: lower it to {turns}"
         )
     if limit is not None and longest > limit:
         raise UserError(
-            f"max_length: a sample has {longest} tokens, but the context length of the model is {limit} "
-            f"(max_position_embeddings): set it to that"
+            f"{setting}: a sample has {longest} tokens, but the context length of the model is {limit} "
+            f"(max_position_embeddings): lower it to {limit}"
         )
 
 

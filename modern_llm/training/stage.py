@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from modern_llm import distributed
 from modern_llm.allocator import steady_memory
 from modern_llm.checkpoint import load_state
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
-from modern_llm.config.data import DatasetConfig
 from modern_llm.config.io import plain
 from modern_llm.config.training import NO_EFFECT, Stage, no_effect
 from modern_llm.data.loader import visited
@@ -47,26 +46,6 @@ from modern_llm.training.resume import agreed_checkpoint
 from modern_llm.training.saving import Saver
 from modern_llm.training.speed import foreseen_seconds
 from modern_llm.training.stopping import StopRequest
-
-Dataset = TypeVar("Dataset", bound=DatasetConfig)
-
-
-def dataset_or_default(given: Dataset | None, config: TrainingConfig, kind: type[Dataset]) -> Dataset:
-    """The data set config that was given, or one built from `train_config.dataset_name`.
-
-    Raises:
-        UserError: neither names a data set, or they name two.
-    """
-    if given is None:
-        if config.dataset_name is None:
-            raise UserError("dataset_name is required: set it in the training config or give a data set config")
-        return kind(dataset_name=config.dataset_name)
-    if config.dataset_name not in (None, given.dataset_name):
-        raise UserError(
-            f"dataset_name={config.dataset_name!r} in the training config and {given.dataset_name!r} in the data set config "
-            f"differ: give one of them"
-        )
-    return given
 
 
 def open_reference(dpo: DPOConfig, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str) -> PreTrainedModel | None:
@@ -158,7 +137,7 @@ def train_stage(
         "evaluations": {name: getattr(config, name) for name in NO_EFFECT if name not in no_effect(dict(config))} or None,
     }
     assert config.output_dir is not None
-    check_model(model, data, config)
+    check_model(stage, model, data, config)
     final = config.output_dir / f"{config.run_name}_final"
     with ExitStack() as lock:
         distributed.on_main(lock.enter_context)(only_writer(config.output_dir))

@@ -1,5 +1,10 @@
 """Preference training: a model that answers → a model that prefers the better answer."""
 
+if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+    from modern_llm.cli import main
+
+    main("dpo")
+
 import copy
 import time
 from collections.abc import Iterator
@@ -29,7 +34,7 @@ from modern_llm.objectives.reference import asked_now, with_reference
 from modern_llm.training.checks import check_early
 from modern_llm.training.inputs import stage_inputs
 from modern_llm.training.loop import Loop
-from modern_llm.training.stage import dataset_or_default, open_reference, train_stage
+from modern_llm.training.stage import open_reference, train_stage
 
 __all__ = ["DPOConfig", "PreferenceDatasetConfig", "run_dpo"]
 
@@ -57,14 +62,13 @@ def run_dpo(
         UserError: a config, file or name that the user can put right.
     """
     with distributed.process_group(train_config.parallel):
-        check_early("dpo", train_config)
+        preference_config = check_early("dpo", train_config, preference_config, PreferenceDatasetConfig)
         dpo_config = dpo_config or DPOConfig()
         if train_config.adapter is not None and dpo_config.sync_ref_model:
             raise UserError(
                 "sync_ref_model moves the reference towards the policy; with adapters A and B would be mixed apart, which does "
                 "not mix the products B A: leave sync_ref_model or adapter out"
             )
-        preference_config = dataset_or_default(preference_config, train_config, PreferenceDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
         opened = open_checkpoint(
             sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config.adapter, preference_config.chat_template
@@ -172,14 +176,3 @@ class Reference:
             if precision != torch.float32:
                 keep_frozen_in(model, precision)  # half the memory, and the same numbers
             yield partial(answer_logprobs, model.to(policy.device).eval())  # type: ignore[arg-type]
-
-
-def main() -> None:
-    """`python -m modern_llm.training.train_dpo`."""
-    from modern_llm.cli import main as command_line
-
-    command_line("dpo")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,10 @@
 """Pretraining: random weights → a model that continues documents."""
 
+if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+    from modern_llm.cli import main
+
+    main("pretrain")
+
 from pathlib import Path
 
 from modern_llm import distributed
@@ -11,7 +16,7 @@ from modern_llm.models.build import build_model
 from modern_llm.objectives import LanguageModelingObjective
 from modern_llm.training.checks import check_early
 from modern_llm.training.inputs import stage_inputs
-from modern_llm.training.stage import dataset_or_default, train_stage
+from modern_llm.training.stage import train_stage
 
 __all__ = ["LanguageModelingDatasetConfig", "run_training"]
 
@@ -38,8 +43,7 @@ def run_training(
         UserError: a config, file or name that the user can put right.
     """
     with distributed.process_group(train_config.parallel):
-        check_early("pretrain", train_config)
-        dataset_config = dataset_or_default(dataset_config, train_config, LanguageModelingDatasetConfig)
+        dataset_config = check_early("pretrain", train_config, dataset_config, LanguageModelingDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
         sections: dict[str, StrictModel] = {"model": model_config, "data": dataset_config}
         inputs = stage_inputs("pretrain", train_config, sections, tokenizer_name=tokenizer_name)
@@ -59,14 +63,3 @@ def run_training(
             data=prepare_documents(dataset_config, TextEncoder(tokenizer), max_length, train_config.seed),
             objective=LanguageModelingObjective(train_config.z_loss),
         )
-
-
-def main() -> None:
-    """`python -m modern_llm.training.train_lm`."""
-    from modern_llm.cli import main as command_line
-
-    command_line("pretrain")
-
-
-if __name__ == "__main__":
-    main()

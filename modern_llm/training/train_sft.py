@@ -1,5 +1,10 @@
 """Supervised fine-tuning: a model that continues documents → a model that answers."""
 
+if __name__ == "__main__":  # before torch is imported: a wrong option is answered at once
+    from modern_llm.cli import main
+
+    main("sft")
+
 from pathlib import Path
 
 from modern_llm import distributed
@@ -10,7 +15,7 @@ from modern_llm.initial.opened import open_checkpoint
 from modern_llm.objectives import LanguageModelingObjective
 from modern_llm.training.checks import check_early
 from modern_llm.training.inputs import stage_inputs
-from modern_llm.training.stage import dataset_or_default, train_stage
+from modern_llm.training.stage import train_stage
 
 __all__ = ["InstructionDatasetConfig", "run_sft"]
 
@@ -36,8 +41,7 @@ def run_sft(
         UserError: a config, file or name that the user can put right.
     """
     with distributed.process_group(train_config.parallel):
-        check_early("sft", train_config)
-        dataset_config = dataset_or_default(dataset_config, train_config, InstructionDatasetConfig)
+        dataset_config = check_early("sft", train_config, dataset_config, InstructionDatasetConfig)
         tokenizer_name = tokenizer_name or train_config.tokenizer_name
         opened = open_checkpoint(
             pretrain_checkpoint, tokenizer_name, "pretrain_checkpoint", train_config.adapter, dataset_config.chat_template
@@ -51,14 +55,3 @@ def run_sft(
             data=prepare_instructions(dataset_config, ChatEncoder(opened.tokenizer)),
             objective=LanguageModelingObjective(train_config.z_loss),
         )
-
-
-def main() -> None:
-    """`python -m modern_llm.training.train_sft`."""
-    from modern_llm.cli import main as command_line
-
-    command_line("sft")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,13 +11,13 @@ import pytest
 from pydantic import ValidationError
 
 from modern_llm.config import InstructionDatasetConfig, LanguageModelingDatasetConfig, TrainingConfig, UserError
+from modern_llm.config.early import check_settings
 from modern_llm.config.io import dump_yaml, load_config
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
 from modern_llm.data.readers import BadRows
 from modern_llm.data.sources import open_source
 from modern_llm.training.inputs import content_of
-from modern_llm.training.stage import dataset_or_default
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"A number, {n}."} for n in range(5)]
 TABLES = {
@@ -88,7 +88,7 @@ def test_data_in_memory_mixes_and_holds_out_and_streams(encoder) -> None:
 
 
 def test_a_training_config_takes_it_too() -> None:
-    config = dataset_or_default(None, TrainingConfig(dataset_name=ROWS), InstructionDatasetConfig)
+    config = check_settings("sft", TrainingConfig(dataset_name=ROWS), None, InstructionDatasetConfig, 1)
     assert rows_of(config) == ROWS
 
 

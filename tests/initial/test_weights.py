@@ -1,6 +1,8 @@
 """Weights that do not load are an error with their names; whatever is legitimately absent, or only named otherwise, loads."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,3 +264,16 @@ def test_mxfp4_is_unpacked_by_its_table_and_scales(tmp_path) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert "quantization" not in (tmp_path / "saved" / "config.json").read_text()
     assert identical(dict(load_model(tmp_path / "saved").state_dict()), dict(model.state_dict()))
+
+
+def test_loading_and_saving_write_nothing_to_a_captured_log(start: Path, tmp_path: Path) -> None:
+    """Neither bars of transformers nor its lists of layers that are not sharded."""
+    code = (
+        "import sys; from modern_llm.initial.checkpoint import load_model; load_model(sys.argv[1]).save_pretrained(sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(start), str(tmp_path / "copy")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
+    assert done.stdout + done.stderr == ""
