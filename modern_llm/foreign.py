@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from modern_llm.config import UserError
 from modern_llm.config.base import shown
 from modern_llm.config.io import read_json
+from modern_llm.hub import hub
 
 MOST_BYTES = 2**28
 """Of a file with settings or a vocabulary; the largest known one (tokenizer.json of Gemma) has an eighth of it."""
@@ -16,8 +17,8 @@ MOST_BYTES = 2**28
 SETTINGS, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 READ_BY_LIBRARIES = (
     SETTINGS, INDEX, ADAPTER, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.json",
-    "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields by which a config chooses the code of its layers; `organisation/name` is code from the hub."""
@@ -31,12 +32,13 @@ def check_settings(checkpoint: Path | str, field: str) -> Path:
         field: name of the argument, for errors.
 
     Raises:
-        UserError: naming the file and what is wrong in it.
-        OSError: not on the hub, or the hub does not answer.
+        UserError: naming the file and what is wrong in it, or why the hub does not give it.
+        HFValidationError: neither a folder nor a name that the hub could have.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(checkpoint), allow_patterns=list(READ_BY_LIBRARIES)))
+        with hub(str(checkpoint), f"{field}={str(checkpoint)!r}"):
+            folder = Path(snapshot_download(str(checkpoint), allow_patterns=list(READ_BY_LIBRARIES)))
     try:
         for name in READ_BY_LIBRARIES:
             path = folder / name

@@ -53,6 +53,8 @@ FLOORS: list[set[str]] = [
 SIBLINGS = {
     ("losses", "products"),
     ("checkpoint", "exit_codes"),
+    ("foreign", "hub"),
+    ("hub", "exit_codes"),
     ("lock", "checkpoint"),
     ("metrics", "checkpoint"),
     ("metrics", "exit_codes"),

@@ -1,6 +1,5 @@
 """One value for what a run begins from, read and checked once; every stage, `plan`, `inspect` and `export` begin with it."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,7 +17,7 @@ from modern_llm.foreign import INDEX, check_settings
 from modern_llm.hub import commit_of, hub
 from modern_llm.initial.architecture import read_architecture
 from modern_llm.initial.generation import read_generation
-from modern_llm.initial.weights import load_weights
+from modern_llm.initial.weights import files_of_weights, load_weights
 from modern_llm.models.adapter_folders import (
     GENERATION,
     SETTINGS,
@@ -112,7 +111,8 @@ class InitialCheckpoint:
             UserError: a weight is missing, left over or of another shape, or adapters do not fit the model under them.
         """
         if self.base is None:
-            model = load_weights(self.name, self.folder, self.where, self.config, self.generation)
+            folder = self._fetched(files_of_weights(self.folder))
+            model = load_weights(self.name, folder, self.where, self.config, self.generation)
             if below is not None:
                 below.root_weights = weights_hash(model)
         else:
@@ -126,10 +126,14 @@ class InitialCheckpoint:
 
     def adapter_folder(self) -> Path:
         """Folder with the adapters' weights, which are fetched from the hub here."""
+        return self._fetched([SETTINGS, WEIGHTS, GENERATION])
+
+    def _fetched(self, files: list[str]) -> Path:
+        """The folder, with these files; from the hub those of the commit whose settings were read."""
         if Path(self.name).is_dir():
             return self.folder
-        with hub():
-            return Path(snapshot_download(self.name, allow_patterns=[SETTINGS, WEIGHTS, GENERATION]))
+        with hub(self.name, self.where):
+            return Path(snapshot_download(self.name, revision=self.folder.name, allow_patterns=files))
 
     def hash_of(self, model: PreTrainedModel) -> str:
         """Hash of the weights as loaded, by which a run knows what it began from.
@@ -202,26 +206,22 @@ def read_initial(checkpoint: Path | str, field: str = "checkpoint") -> InitialCh
     """
     name = expanded(checkpoint, field)
     _refuse_files(name, field)
-    with nullcontext() if Path(name).is_dir() else hub():
-        try:
-            folder = check_settings(name, field)
-        except (OSError, HFValidationError) as error:
-            raise UserError(
-                f"{field}={name!r}: no such folder, and the hub did not give a model of that name "
-                f"({type(error).__name__}): check the spelling, or the network"
-            ) from None
-        manifest = read_manifest(folder)
-        if is_adapter(folder):
-            if any((folder / file).is_file() for file in ("model.safetensors", INDEX)):
-                raise UserError(f"{field}={name!r}: holds a model and adapters: move one of them into a folder of its own")
-            base = read_initial(base_of(folder, field), field)
-            generation, notes = read_generation(folder)
-            return InitialCheckpoint(
-                name, field, folder, manifest, base, base.config, generation or base.generation, (*base.notes, *notes)
-            )
-        config, about_config = read_architecture(folder, f"{field}={name!r}")
+    try:
+        folder = check_settings(name, field)
+    except HFValidationError:
+        raise UserError(f"{field}={name!r}: no such folder, and no name that the hub could have: check the spelling") from None
+    manifest = read_manifest(folder)
+    if is_adapter(folder):
+        if any((folder / file).is_file() for file in ("model.safetensors", INDEX)):
+            raise UserError(f"{field}={name!r}: holds a model and adapters: move one of them into a folder of its own")
+        base = read_initial(base_of(folder, field), field)
         generation, notes = read_generation(folder)
-        return InitialCheckpoint(name, field, folder, manifest, None, config, generation, (*about_config, *notes))
+        return InitialCheckpoint(
+            name, field, folder, manifest, base, base.config, generation or base.generation, (*base.notes, *notes)
+        )
+    config, about_config = read_architecture(folder, f"{field}={name!r}")
+    generation, notes = read_generation(folder)
+    return InitialCheckpoint(name, field, folder, manifest, None, config, generation, (*about_config, *notes))
 
 
 def load_model(checkpoint: Path | str, field: str = "checkpoint") -> PreTrainedModel:
@@ -250,10 +250,7 @@ def identity(checkpoint: Path | str, field: str = "checkpoint") -> dict[str, Any
     name = expanded(checkpoint, field)
     folder = Path(name)
     if not folder.is_dir():
-        commit = commit_of(name)
-        if commit is None:
-            raise UserError(f"{field}={name!r}: no such folder, and not on the hub: check the spelling, or the network")
-        return {"hub": name, "commit": commit}
+        return {"hub": name, "commit": commit_of(name, f"{field}={name!r}")}
     manifest = read_manifest(folder)
     if manifest is not None:
         return {"weights": manifest.get("weights"), "template": (manifest.get("contract") or {}).get("template")}
