@@ -10,20 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import constants, repo_info, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import constants, errors, repo_info, try_to_load_from_cache
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
-from modern_llm.exit_codes import StorageError
 
 try:
     import httpx2 as httpx  # of huggingface_hub 2
@@ -59,15 +50,13 @@ def hub(name: str, where: str, kind: str = "model") -> Iterator[str | None]:
     constants.HF_HUB_OFFLINE = was_offline or refusal is not None
     try:
         yield commit
-    except UserError:
-        raise
     except Exception as error:
         failure = _failure(error)
-        if failure is not None:
-            raise UserError(f"{where}: {_reason(refusal or failure, name, kind, was_offline)}") from None
-        if isinstance(error, OSError) and error.errno:
-            raise StorageError(f"{where}: the cache of the hub (HF_HOME) failed: {error}") from None
-        raise
+        if failure is None or isinstance(error, UserError):
+            raise
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+        offline = "not in the local cache, and HF_HUB_OFFLINE=1 keeps it from the hub: unset it where there is a network"
+        raise UserError(f"{where}: {offline if was_offline else _reason(refusal or failure, page)}") from None
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 
@@ -75,12 +64,12 @@ def hub(name: str, where: str, kind: str = "model") -> Iterator[str | None]:
 def _asked(name: str, kind: str) -> tuple[Exception | None, str | None]:
     """Ask the hub for a repository: why it does not give it, and its newest commit."""
     client = get_session()
-    if _limit_wait not in client.event_hooks["response"]:
-        hooks = client.event_hooks
+    hooks = client.event_hooks
+    if _limit_wait not in hooks["response"]:
         client.event_hooks = {"request": [*hooks["request"], _limit_silence], "response": [*hooks["response"], _limit_wait]}
     try:
         return None, repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
-    except HFValidationError:  # no name of a repository: what is asked next says so
+    except errors.HFValidationError:  # no name of a repository: what is asked next says so
         return None, None
     except (HTTPError, OSError) as error:
         return error, None
@@ -88,11 +77,8 @@ def _asked(name: str, kind: str) -> tuple[Exception | None, str | None]:
 
 def _limit_silence(request: Any) -> None:
     """Give a question without a limit that of downloads: huggingface_hub lists files with none."""
-    limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {key: limits.get(key) or constants.HF_HUB_DOWNLOAD_TIMEOUT for key in _PARTS}
-
-
-_PARTS = ("connect", "read", "write", "pool")
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {part: limits[part] or constants.HF_HUB_DOWNLOAD_TIMEOUT for part in limits}
 
 
 def _limit_wait(response: Any) -> None:
@@ -103,10 +89,8 @@ def _limit_wait(response: Any) -> None:
 
 
 def _seconds_to_wait(response: Any) -> int:
-    asked = re.search(r"^\s*(\d+)\s*$", response.headers.get("Retry-After", "")) or re.search(
-        r"\bt=(\d+)", response.headers.get("RateLimit", "")
-    )
-    return int(asked[1]) if asked else 0
+    asked = f"t={response.headers.get('Retry-After')};{response.headers.get('RateLimit')}"
+    return int((re.findall(r"\bt=(\d+)", asked) or ["0"])[0])
 
 
 class _Hurried(httpx.SyncByteStream):
@@ -116,18 +100,15 @@ class _Hurried(httpx.SyncByteStream):
         self.stream = stream
 
     def __iter__(self) -> Iterator[bytes]:
-        waited, received, parts = 0.0, 0, iter(self.stream)
-        while True:
-            began = time.monotonic()
-            part = next(parts, None)
-            if part is None:
-                return
+        waited, received, began = 0.0, 0, time.monotonic()
+        for part in self.stream:
             waited, received = waited + time.monotonic() - began, received + len(part)
             if waited > constants.HF_HUB_DOWNLOAD_TIMEOUT:
                 if received < waited * SLOWEST:
                     raise TimeoutError(f"{received} bytes in {waited:.0f} s")
                 waited, received = 0.0, 0
             yield part
+            began = time.monotonic()
 
     def close(self) -> None:
         self.stream.close()
@@ -135,38 +116,31 @@ class _Hurried(httpx.SyncByteStream):
 
 def _failure(error: BaseException | None) -> BaseException | None:
     """What the hub or the way to it has to do with an error: of its causes, which libraries wrap, the first of that kind."""
-    kinds = (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)
+    kinds = (HTTPError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     while error is not None:
         is_short = "Consistency check failed" in str(error)  # of huggingface_hub, an OSError like any other
-        if (isinstance(error, kinds) or is_short) and not isinstance(error, RemoteEntryNotFoundError):
+        if (isinstance(error, kinds) or is_short) and not isinstance(error, errors.RemoteEntryNotFoundError):
             return error.__cause__ if isinstance(error.__cause__, HTTPError) else error
         error = error.__cause__ or error.__context__
     return None
 
 
-def _reason(error: BaseException, name: str, kind: str, was_offline: bool) -> str:
+def _reason(error: BaseException, page: str) -> str:
     """Why the hub does not give a repository, and what to do."""
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    response = error.response if isinstance(error, HfHubHTTPError) else None
+    response: Any = getattr(error, "response", None)
     status = response.status_code if response is not None else 0
-    if was_offline:
-        return "not in the local cache, and HF_HUB_OFFLINE=1 keeps it from the hub: unset it where there is a network"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"gated: accept its terms on {page}, and set HF_TOKEN to a token of that account"
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"no such path, and the hub has no {kind} of that name or keeps it private: check the spelling, or set HF_TOKEN to "
-            f"a token that may read {page}"
-        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such path, and {page} does not exist or is private: check the spelling, or set HF_TOKEN to a token for it"
     if status in (401, 403):
         return f"the hub refuses the token ({status}): set HF_TOKEN to a valid one that may read {page}, or unset it"
     if status == 429:
-        seconds = _seconds_to_wait(response)
-        return f"too many requests to the hub (429): wait {f'{seconds} s' if seconds else 'some minutes'} and {KEPT}"
+        return f"too many requests to the hub (429): wait {_seconds_to_wait(response) or 'some hundred'} s and {KEPT}"
     if status:
         return f"the hub fails ({status}): wait and {KEPT}"
     reason = one_line(f"{type(error).__name__}: {error}", 150)
-    return f"not in the local cache, and {constants.ENDPOINT} gives no answer or too little ({reason}): check the network and {KEPT}"
+    return f"not in the local cache, and {page} gives no answer or too little ({reason}): check the network and {KEPT}"
 
 
 def commit_of(model: str, where: str) -> str:
@@ -178,5 +152,5 @@ def commit_of(model: str, where: str) -> str:
     with hub(model, where) as commit:
         cached = commit or try_to_load_from_cache(model, "config.json") or try_to_load_from_cache(model, "adapter_config.json")
         if not isinstance(cached, str):
-            raise LocalEntryNotFoundError(model)
+            raise errors.LocalEntryNotFoundError(model)
     return commit or cached.split("/snapshots/")[1].split("/")[0]

@@ -54,7 +54,6 @@ SIBLINGS = {
     ("losses", "products"),
     ("checkpoint", "exit_codes"),
     ("foreign", "hub"),
-    ("hub", "exit_codes"),
     ("lock", "checkpoint"),
     ("metrics", "checkpoint"),
     ("metrics", "exit_codes"),

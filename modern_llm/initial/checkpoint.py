@@ -233,9 +233,13 @@ def _refuse_files(name: str, field: str) -> None:
     """Refuse a single file, which in older scripts is a pickle, and a path that is not there."""
     path = Path(name)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".safetensors") or path.is_file():
+        reason = {
+            ".safetensors": "give the folder that it is in",
+            ".gguf": "a GGUF file is for inference: start from the model that it was made from",
+        }.get(path.suffix, "a .pt or .bin file is a pickle, which can run code when it is loaded, and it lacks the tokenizer")
         raise UserError(
-            f"{field}={name!r}: a checkpoint is a folder (model.safetensors, config.json, tokenizer files), not a "
-            f"file; a .pt file is a pickle, which can run code when it is loaded, and it lacks the tokenizer"
+            f"{field}={name!r}: a checkpoint is a folder (model.safetensors, config.json, tokenizer files), not a file; "
+            f"{reason}"
         )
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub id looks like this
         raise UserError(f"{field}={name!r}: no such folder")

@@ -45,6 +45,13 @@ def load_weights(
     Raises:
         UserError: a weight is missing, is left over, or has another shape than the config says, with the first names.
     """
+    if not any((folder / file).is_file() for file in files_of_weights(folder)):
+        others = _names(sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf")))
+        raise UserError(
+            f"{where}: holds no model that can be loaded: no model.safetensors{others and f', but {others}'}: pickles (.bin, "
+            f".pt) can run code as they are loaded, and GGUF files are for inference: save the model by save_pretrained of "
+            f"transformers (5), which writes safetensors, or start from another"
+        )
     if quantization_of(config) == BNB_4BIT and not any(".quant_state." in key for key in _tensors(folder, where)):
         config = copy.deepcopy(config)  # a model that was unpacked, and whose config was not
         del config.quantization_config  # type: ignore[attr-defined]
