@@ -93,7 +93,7 @@ def _seconds_to_wait(response: Any) -> int:
     return int((re.findall(r"\bt=(\d+)", asked) or ["0"])[0])
 
 
-class _Hurried(httpx.SyncByteStream):
+class _Hurried(httpx.SyncByteStream):  # type: ignore[misc] - of whichever module is there
     """A body that must come at `SLOWEST`; only time that is spent waiting for it counts."""
 
     def __init__(self, stream: Any) -> None:

@@ -56,7 +56,7 @@ class LocalHub(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: LocalHub
+    server: LocalHub  # type: ignore[assignment]
     kinds: ClassVar = {"models": "models", "datasets": "datasets"}
 
     def log_message(self, format: str, *args: Any) -> None:

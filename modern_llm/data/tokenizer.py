@@ -40,7 +40,7 @@ def read_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, HFValidationError) as error:
-        known = "no such folder" if isinstance(error, HFValidationError) else "holds no tokenizer that can be loaded"
+        known = "no such folder" if isinstance(error, HFValidationError) else "this folder holds no tokenizer"
         raise UserError(f"{field}={str(name)!r}: {known} ({type(error).__name__}): check the spelling") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
