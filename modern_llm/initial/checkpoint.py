@@ -254,7 +254,10 @@ def identity(checkpoint: Path | str, field: str = "checkpoint") -> dict[str, Any
     name = expanded(checkpoint, field)
     folder = Path(name)
     if not folder.is_dir():
-        return {"hub": name, "commit": commit_of(name, f"{field}={name!r}")}
+        try:
+            return {"hub": name, "commit": commit_of(name, f"{field}={name!r}")}
+        except HFValidationError:
+            raise UserError(f"{field}={name!r}: no such folder") from None
     manifest = read_manifest(folder)
     if manifest is not None:
         return {"weights": manifest.get("weights"), "template": (manifest.get("contract") or {}).get("template")}
