@@ -1,7 +1,6 @@
 """Model folders of others, looked at before a library reads them: files of bounded size, weights in safetensors, no code."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ MOST_BYTES = 2**28
 SETTINGS, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 READ_BY_LIBRARIES = (
     SETTINGS, INDEX, ADAPTER, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.json",
-    "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields by which a config chooses the code of its layers; `organisation/name` is code from the hub."""
@@ -39,14 +38,10 @@ def find_settings(checkpoint: Path | str, field: str) -> Path:
     """
     name = expanded(checkpoint, field)
     _refuse_files(name, field)
-    with nullcontext() if Path(name).is_dir() else hub():
-        try:
-            return check_settings(name, field)
-        except (OSError, HFValidationError) as error:
-            raise UserError(
-                f"{field}={name!r}: no such folder, and the hub did not give a model of that name "
-                f"({type(error).__name__}): check the spelling, or the network"
-            ) from None
+    try:
+        return check_settings(name, field)
+    except HFValidationError:
+        raise UserError(f"{field}={name!r}: no such folder, and no name that the hub could have: check the spelling") from None
 
 
 def check_settings(checkpoint: Path | str, field: str) -> Path:
@@ -57,12 +52,13 @@ def check_settings(checkpoint: Path | str, field: str) -> Path:
         field: name of the argument, for errors.
 
     Raises:
-        UserError: naming the file and what is wrong in it.
-        OSError: not on the hub, or the hub does not answer.
+        UserError: naming the file and what is wrong in it, or why the hub does not give it.
+        HFValidationError: neither a folder nor a name that the hub could have.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(checkpoint), allow_patterns=list(READ_BY_LIBRARIES)))
+        with hub(str(checkpoint), f"{field}={str(checkpoint)!r}"):
+            folder = Path(snapshot_download(str(checkpoint), allow_patterns=list(READ_BY_LIBRARIES)))
     try:
         for name in READ_BY_LIBRARIES:
             path = folder / name
@@ -108,9 +104,13 @@ def _refuse_files(name: str, field: str) -> None:
     """Refuse a single file, which in older scripts is a pickle, and a path that is not there."""
     path = Path(name)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".gguf", ".safetensors") or path.is_file():
+        reason = {
+            ".safetensors": "give the folder that it is in",
+            ".gguf": "a GGUF file is for inference: start from the model that it was made from",
+        }.get(path.suffix, "a .pt or .bin file is a pickle, which can run code when it is loaded, and it lacks the tokenizer")
         raise UserError(
-            f"{field}={name!r}: a checkpoint is a folder (model.safetensors, config.json, tokenizer files), not a "
-            f"file; a .pt file is a pickle, which can run code when it is loaded, and it lacks the tokenizer"
+            f"{field}={name!r}: a checkpoint is a folder (model.safetensors, config.json, tokenizer files), not a file; "
+            f"{reason}"
         )
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub id looks like this
         raise UserError(f"{field}={name!r}: no such folder")

@@ -54,6 +54,7 @@ SIBLINGS = {
     ("losses", "products"),
     ("checkpoint", "exit_codes"),
     ("limits", "distributed"),
+    ("foreign", "hub"),
     ("lock", "checkpoint"),
     ("metrics", "checkpoint"),
     ("metrics", "exit_codes"),

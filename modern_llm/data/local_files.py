@@ -106,7 +106,7 @@ def split_files(path: Path, name: str, split: str) -> tuple[list[Path], dict[str
     names = ", ".join(unread[:MAX_NAMES])
     if not files:
         in_none = f" (in none: {names})" if unread else ""
-        raise UserError(f"split={split!r}: {name} has {sorted(by_split)} by the names of its files{in_none}")
+        raise UserError(f"split={split!r}: {name} has {sorted(by_split)} by the names of its files{in_none}: name one of them")
     if not filled:
         raise UserError(f"dataset_name={name!r}: has no rows: all files are empty (0 bytes): {names}")
     formats = sorted({file_format(file) for file in files})

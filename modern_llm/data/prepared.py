@@ -372,7 +372,7 @@ def finish(
             raise UserError(f"dataset_name={name!r}: no example of this source is left to train on: take it out")
     if not len(train):
         counts = ", ".join(f"{name}={count}" for name, count in report.items() if count)
-        raise UserError(f"dataset_name={config.dataset_name!r}: no example is left to train on ({counts})")
+        raise UserError(f"dataset_name={config.dataset_name!r}: no example is left to train on ({counts}): correct the rows")
     report["end_token_share"] = round(float(np.count_nonzero(flags & ENDS_WITH_END_TOKEN)) / len(flags), 4)
     for percent in (50, 90, 99, 100):
         name = "length_max" if percent == 100 else f"length_p{percent}"

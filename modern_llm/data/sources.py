@@ -19,7 +19,7 @@ from modern_llm.config.memory import MEMORY, memory_rows
 from modern_llm.data.local_files import file_format, is_local, is_saved_table, split_files
 from modern_llm.data.readers import BadRows, Row, last_line, read_file
 from modern_llm.data.village import VILLAGE_NAME, village_rows
-from modern_llm.hub import hub
+from modern_llm.hub import HTTPError, hub
 
 Kind = Literal["text", "instructions", "preferences"]
 
@@ -237,12 +237,14 @@ def _hub_table(name: str, config: SourceConfig, split: str, streaming: bool = Fa
     if name in _PACKAGED_DATASETS_MODULES:  # `json`, `sql`, …: load_dataset would read what lies in the working directory
         raise UserError(f"dataset_name={name!r} is a format of the datasets library and no data set: give a file or a folder")
     try:
-        with hub():
+        with hub(name, f"dataset_name={name!r}", "dataset"):
             return load_dataset(name, config.dataset_config_name, split=split, streaming=streaming)
+    except UserError:
+        raise
     except _hub_errors() as error:
         raise UserError(
-            f"dataset_name={name!r}: no such file, and the hub did not give a data set of that name and split {split!r} "
-            f"({type(error).__name__}: {last_line(error)}): check the spelling, or the network"
+            f"dataset_name={name!r}: the hub gives no rows of split {split!r} ({type(error).__name__}: {last_line(error)}): "
+            f"check split and dataset_config_name"
         ) from None
 
 
@@ -273,7 +275,7 @@ def _hub_errors() -> tuple[type[Exception], ...]:
     """What `datasets` 5.x raises where a data set cannot be had; ConnectionError and FileNotFoundError are OSErrors."""
     from datasets.exceptions import DatasetsError
 
-    return (OSError, ValueError, RuntimeError, DatasetsError)
+    return (OSError, ValueError, RuntimeError, DatasetsError, HTTPError)
 
 
 def _digest(*content: Any) -> str:

@@ -5,7 +5,6 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from modern_llm.data.encoder_workers import CHARACTERS_BEFORE_WORKERS, encode_ba
 from modern_llm.data.known_templates import CHATML, TURN_END, TURN_START, with_chat_template
 from modern_llm.data.word_cache import WordCache
 from modern_llm.foreign import check_settings
-from modern_llm.hub import hub
 
 DOCUMENT_END = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192
@@ -38,16 +36,12 @@ def read_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
         UserError: not there, not reachable, or with no end token.
     """
     try:
-        with nullcontext() if Path(name).is_dir() else hub():
-            check_settings(name, field)
-            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(check_settings(name, field)), trust_remote_code=False)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, HFValidationError) as error:
-        known = "this folder holds no tokenizer" if Path(name).is_dir() else "no such folder, and not on the hub"
-        raise UserError(
-            f"{field}={str(name)!r}: {known} ({type(error).__name__}): check the spelling, or the network"
-        ) from None
+        known = "no such folder" if isinstance(error, HFValidationError) else "this folder holds no tokenizer"
+        raise UserError(f"{field}={str(name)!r}: {known} ({type(error).__name__}): check the spelling") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{field}={str(name)!r}: only tokenizers with a `tokenizers` backend work, not {type(tokenizer).__name__}"
@@ -61,7 +55,6 @@ def read_tokenizer(name: Path | str, field: str = "tokenizer_name") -> PreTraine
         raise UserError(
             f"{field}={str(name)!r}: this tokenizer has no end token (eos_token), so nothing could teach where to stop"
         )
-    tokenizer.init_kwargs.pop("local_files_only", None)  # transformers 5.23 would save it, where the hub was not asked
     return tokenizer
 
 

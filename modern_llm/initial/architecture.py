@@ -39,7 +39,9 @@ def read_architecture(folder: Path, where: str) -> tuple[PreTrainedConfig, tuple
     """
     if not (folder / "config.json").is_file():
         gguf = any(folder.glob("*.gguf"))
-        found = "GGUF files, which are for inference: start from the model they were made from" if gguf else "no config.json"
+        found = "no config.json: name a tokenizer alone by tokenizer_name, and a folder with a model here"
+        if gguf:
+            found = "GGUF files, which are for inference: start from the model they were made from"
         raise UserError(f"{where}: this folder holds no model that can be loaded: {found}")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
@@ -65,8 +67,8 @@ def _check_kind(config: PreTrainedConfig, where: str) -> None:
         raise UserError(f"{where}: {names} is an encoder with a decoder, and causal language models are trained here")
     if type(config) not in AutoModelForCausalLM._model_mapping:  # type: ignore[attr-defined] - there is no public one
         raise UserError(
-            f"{where}: {names} ({config.model_type}) is no causal language model of transformers: start from a model that "
-            f"AutoModelForCausalLM loads"
+            f"{where}: {names} ({config.model_type}) is no causal language model of transformers: start from a text "
+            f"model, one that AutoModelForCausalLM loads"
         )
 
 

@@ -16,7 +16,7 @@ from modern_llm.foreign import INDEX, find_settings
 from modern_llm.hub import commit_of, hub
 from modern_llm.initial.architecture import read_architecture
 from modern_llm.initial.generation import read_generation
-from modern_llm.initial.weights import load_weights
+from modern_llm.initial.weights import files_of_weights, load_weights
 from modern_llm.models.adapter_folders import (
     GENERATION,
     SETTINGS,
@@ -110,7 +110,8 @@ class InitialCheckpoint:
             UserError: a weight is missing, left over or of another shape, or adapters do not fit the model under them.
         """
         if self.base is None:
-            model = load_weights(self.name, self.folder, self.where, self.config, self.generation)
+            folder = self._fetched(files_of_weights(self.folder))
+            model = load_weights(self.name, folder, self.where, self.config, self.generation)
             if below is not None:
                 below.root_weights = weights_hash(model)
         else:
@@ -124,10 +125,14 @@ class InitialCheckpoint:
 
     def adapter_folder(self) -> Path:
         """Folder with the adapters' weights, which are fetched from the hub here."""
+        return self._fetched([SETTINGS, WEIGHTS, GENERATION])
+
+    def _fetched(self, files: list[str]) -> Path:
+        """The folder, with these files; from the hub those of the commit whose settings were read."""
         if Path(self.name).is_dir():
             return self.folder
-        with hub():
-            return Path(snapshot_download(self.name, allow_patterns=[SETTINGS, WEIGHTS, GENERATION]))
+        with hub(self.name, self.where):
+            return Path(snapshot_download(self.name, revision=self.folder.name, allow_patterns=files))
 
     def hash_of(self, model: PreTrainedModel) -> str:
         """Hash of the weights as loaded, by which a run knows what it began from.
@@ -227,10 +232,10 @@ def identity(checkpoint: Path | str, field: str = "checkpoint") -> dict[str, Any
     name = expanded(checkpoint, field)
     folder = Path(name)
     if not folder.is_dir():
-        commit = commit_of(name)
-        if commit is None:
-            raise UserError(f"{field}={name!r}: no such folder, and not on the hub: check the spelling, or the network")
-        return {"hub": name, "commit": commit}
+        try:
+            return {"hub": name, "commit": commit_of(name, f"{field}={name!r}")}
+        except HFValidationError:
+            raise UserError(f"{field}={name!r}: no such folder") from None
     manifest = read_manifest(folder)
     if manifest is not None:
         return {"weights": manifest.get("weights"), "template": (manifest.get("contract") or {}).get("template")}

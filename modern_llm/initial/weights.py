@@ -42,7 +42,7 @@ def load_weights(
 
     Args:
         name: folder or hub id.
-        folder: that folder, or the snapshot of the hub's.
+        folder: that folder, or the snapshot of the hub's, with its weights.
         where: begins the message of an error.
         config: of the checkpoint.
         generation: of the checkpoint. None: it has none.
@@ -50,19 +50,26 @@ def load_weights(
     Raises:
         UserError: a weight is missing, is left over, or has another shape than the config says, with the first names.
     """
+    if not any((folder / file).is_file() for file in files_of_weights(folder)):
+        others = _names(sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf")))
+        raise UserError(
+            f"{where}: holds no model that can be loaded: no model.safetensors{others and f', but {others}'}: pickles (.bin, "
+            f".pt) can run code as they are loaded, and GGUF files are for inference: save the model by save_pretrained of "
+            f"transformers (5), which writes safetensors, or start from another"
+        )
     if quantization_of(config) == BNB_4BIT and not any(".quant_state." in key for key in _tensors(folder, where)):
         config = copy.deepcopy(config)  # a model that was unpacked, and whose config was not
         del config.quantization_config  # type: ignore[attr-defined]
-    model, report = _read(AutoModelForCausalLM, name, where, config, generation)
+    model, report = _read(AutoModelForCausalLM, folder, where, config, generation)
     tensors = _tensors(folder, where)
     problem, as_named = _problem(report, model, tensors), True
     for names in _renamings([*tensors]) if problem else ():
         renamed = {new: tensors[old].values for old, new in names.items()}
         other, report = _read(type(model), None, where, config, generation, state_dict=renamed)
         if not _problem(report, other, tensors):
-            other.name_or_path = name
             model, problem, as_named = other, None, False
             break
+    model.name_or_path = model.config._name_or_path = name
     if problem:
         raise UserError(f"{where}: {problem}")
     if quantization_of(config) is not None:
@@ -95,14 +102,18 @@ class _Tensor(NamedTuple):
     """A slice of safetensors, of which nothing is read yet."""
 
 
+def files_of_weights(folder: Path) -> list[str]:
+    """Names of the files that hold a model's weights, as far as the folder's settings say."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():  # transformers prefers the one file
+        return ["model.safetensors"]
+    return sorted(set(read_json(folder / INDEX, unique=False).get("weight_map", {}).values()))
+
+
 def _tensors(folder: Path, where: str) -> dict[str, _Tensor]:
     """What a folder's files hold, by name."""
-    files: Any = ["model.safetensors"]  # which transformers prefers
-    if not (folder / files[0]).is_file() and (folder / INDEX).is_file():
-        files = set(read_json(folder / INDEX, unique=False).get("weight_map", {}).values())
     found: dict[str, _Tensor] = {}
     try:
-        for file in sorted(files):
+        for file in files_of_weights(folder):
             with safe_open(folder / file, "pt") as tensors:
                 slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - it is no dict
                 found |= {key: _Tensor(part.get_shape(), part.get_dtype(), part) for key, part in slices.items()}
@@ -113,7 +124,7 @@ def _tensors(folder: Path, where: str) -> dict[str, _Tensor]:
 
 def _read(
     loader: Any,
-    name: str | None,
+    folder: Path | None,
     where: str,
     config: PreTrainedConfig,
     generation: GenerationConfig | None,
@@ -123,7 +134,7 @@ def _read(
 
     Args:
         loader: a class of transformers with `from_pretrained`.
-        name: folder or hub id. None: the tensors are in the options, as `state_dict`.
+        folder: local. None: the tensors are in the options, as `state_dict`.
         where: begins the message of an error.
         config: of the checkpoint.
         generation: of the checkpoint. None: it has none.
@@ -134,17 +145,13 @@ def _read(
     try:
         with torch.random.fork_rng(), _quiet_loader():  # transformers draws the weights that are missing
             return loader.from_pretrained(
-                name, config=config, generation_config=generation, dtype=torch.float32, use_safetensors=True,
+                folder, config=config, generation_config=generation, dtype=torch.float32, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **device, **options,
             )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError, *UNREADABLE) as error:
-        if isinstance(error, OSError) and (name is None or Path(name).is_dir()):
+        if isinstance(error, OSError):
             reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
             raise UserError(f"{where}: this folder holds no model that can be loaded: {reason}") from None
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{where}: the hub did not give a model of that name ({type(error).__name__}): {reason_of(error)}"
-            ) from None
         raise UserError(f"{where}: holds no model that can be loaded: {reason_of(error)}") from None
 
 
