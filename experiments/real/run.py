@@ -54,7 +54,9 @@ def data_sets(given: list[str]) -> list[str]:
     folder = Path(given[0])
     found = [sorted(folder.glob(f"{stage}.*")) for stage in ("sft", "dpo")]
     if len(given) != 1 or [len(files) for files in found] != [1, 1]:
-        raise UserError(f"--data {' '.join(given)}: give demonstrations and pairs, or a folder with one sft.* and one dpo.* file")
+        raise UserError(
+            f"--data {' '.join(given)}: give demonstrations and pairs, or a folder with one sft.* and one dpo.* file"
+        )
     return [str(files[0]) for files in found]
 
 
@@ -157,7 +159,10 @@ def as_markdown(results: Results) -> str:
     lines = ["| measured on held-out rows | before | after | rows |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     minutes = ", ".join(f"{stage} {results[stage]['training_seconds'] / 60:.1f}" for stage in ("sft", "dpo"))
-    lines += ["", f"Trained on {sft['rows']} demonstrations and {dpo['pairs']} pairs. Minutes: {minutes}, all {results['minutes']:.1f}."]
+    lines += [
+        "",
+        f"Trained on {sft['rows']} demonstrations and {dpo['pairs']} pairs. Minutes: {minutes}, all {results['minutes']:.1f}.",
+    ]
     for n, prompt in enumerate(PROMPTS):
         lines += ["", f"**{prompt}**", ""]
         lines += [f"- {when}: {' '.join(said[n].split())}" for when, said in results["answers"].items()]

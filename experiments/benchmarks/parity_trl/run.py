@@ -103,9 +103,9 @@ class Parity:
 
     def __init__(self, folder: Path, model: Path, given: argparse.Namespace) -> None:
         self.folder, self.model, self.rate = folder, model, RATE if given.model else TINY_RATE
-        limits: dict[str, Any] = {"max_rows": 2 * BATCH * STEPS}
+        limits: dict[str, Any] = {"max_rows": BATCH * (STEPS + 2)}  # some rows may be dropped
         self.instructions = InstructionDatasetConfig(dataset_name=given.demonstrations, max_length=given.max_length, **limits)
-        self.pairs = PreferenceDatasetConfig(dataset_name=given.pairs, truncation="cut_end", **limits)
+        self.pairs = PreferenceDatasetConfig(dataset_name=given.pairs, **limits)
         self.dpo = DPOConfig(beta=BETA, max_length=given.max_length)
         encoder = ChatEncoder(load_tokenizer(model))
         data = {
@@ -148,7 +148,7 @@ class Parity:
 
     @torch.no_grad()
     def bf16_noise(self, stage: str) -> tuple[float, int]:
-        """Root mean square of the rounding of a log-prob in bf16, over the scored tokens of the first step, and their number."""
+        """Root mean square of a log-prob's rounding in bf16 over the scored tokens of the first step, and their number."""
         model, found = self.loaded().eval(), []
         for segment in (segment for example in self.drawn[stage][:BATCH] for segment in example.segments):
             ids, scored = torch.tensor(segment.ids.tolist()), torch.tensor(segment.scored.tolist())[1:]
@@ -222,7 +222,9 @@ def show_defaults(rate: float) -> None:
             if mine != other:
                 mine = "a tenth" if name == "warmup_steps" and mine is None else mine
                 print(f"{stage + '.' + name:24}{mine!s:>16}{other!s:>16}   {getattr(here, name)}")
-    print("dpo: disable_dropout true, β 0.1, label_smoothing 0 and the reference (the adapter's own start) are both sides' defaults")
+    print(
+        "the same by default: β 0.1, no label smoothing, no dropout in DPO, the reference (the adapter's own start), Adam's ε"
+    )
 
 
 def compare(parity: Parity, stage: str, precision: str) -> dict[str, Any]:
@@ -230,7 +232,8 @@ def compare(parity: Parity, stage: str, precision: str) -> dict[str, Any]:
     began = time.perf_counter()
     ours, peer = parity.ours(stage, precision), parity.peer(stage, precision)
     limits = parity.limits(stage, precision, peer)
-    print(f"\n{stage} in {precision} ({time.perf_counter() - began:.0f} s)\n{'step':>4}{'ours':>14}{'TRL':>14}{'relative':>12}{'limit':>12}")
+    print(f"\n{stage} in {precision} ({time.perf_counter() - began:.0f} s)")
+    print(f"{'step':>4}{'ours':>14}{'TRL':>14}{'relative':>12}{'limit':>12}")
     for step, (mine, theirs, limit) in enumerate(zip(ours, peer, limits, strict=True), start=1):
         print(f"{step:4}{mine:14.8f}{theirs:14.8f}{abs(mine - theirs) / theirs:12.2e}{limit / theirs:12.2e}", flush=True)
     within = len(ours) == STEPS and all(abs(a - b) <= limit for a, b, limit in zip(ours, peer, limits, strict=True))
@@ -243,7 +246,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder with a chat template. Left out: a tiny random model")
     parser.add_argument("--demonstrations", default="builtin:village", help="a file or hub id")
     parser.add_argument("--pairs", default="builtin:village", help="a file or hub id")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a sequence; longer ones lose their end")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a sequence; longer ones are cut")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
