@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers import save_start, tiny_model, tiny_tokenizer, write_jsonl
 
 from modern_llm import cli, config
 from modern_llm.config import PipelineConfig, StrictModel, load_config
@@ -190,6 +191,18 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page, tmp_path, m
     reader = Reader()
     for fence in fences(page):
         reader.read(fence)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "real-model.md"], ids=name_of)
+def test_the_three_lines_for_a_model_of_ones_own_work(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    save_start(tiny_model(tokenizer), tokenizer, Path("my-model"))
+    write_jsonl(Path("my-rows.jsonl"), [{"prompt": f"Say {n}.", "response": f"It is {n}."} for n in range(40)])
+    (lines,) = (fence.text for fence in fences(page) if 'run_sft("my-model"' in fence.text)
+    assert len([line for line in lines.splitlines() if line]) == 3
+    exec(compile(lines, str(page), "exec"), {})
+    assert Path("experiments/runs/sft/sft_final").is_dir()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
