@@ -71,7 +71,8 @@ def check(folder: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{folder} is no complete model folder: delete it and run again ({error})") from None
     chat = [{"role": "user", "content": QUESTION}]
