@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow test-ranks test-gpu golden faults families templates bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache check format docs clean
+.PHONY: quickstart test test-slow test-ranks test-gpu golden faults families templates bench-data bench-dpo bench-pretrain bench-sft bench-time-to-loss bench-scaling bench-saving bench-head bench-plan bench-kernel-cache parity-trl real check format docs clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -75,6 +75,14 @@ bench-plan: .venv/.installed  ## memory and time as `plan` foresees them, agains
 
 bench-kernel-cache: .venv/.installed  ## memory and speed by the number of kernels that oneDNN keeps; the last line is JSON
 	$(BIN)/python experiments/benchmarks/kernel_cache/run.py $(ARGS)
+
+parity-trl: .venv/.installed-bench  ## five steps of SFT and DPO with LoRA here and in TRL, loss by loss; ARGS="--model FOLDER"
+	$(BIN)/python experiments/benchmarks/parity_trl/run.py $(ARGS)
+
+real: .venv/.installed  ## SFT and DPO of a real 135M model: DATA="DEMONSTRATIONS PAIRS", or a folder with sft.* and dpo.*
+	$(if $(DATA),,$(error DATA is missing: make real DATA="DEMONSTRATIONS PAIRS", or DATA=FOLDER with one sft.* and one dpo.* file))
+	$(BIN)/python experiments/real/make_model.py models/smollm2-135m-instruct
+	$(BIN)/python experiments/real/run.py --model models/smollm2-135m-instruct --data $(DATA) $(ARGS)
 
 check: .venv/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

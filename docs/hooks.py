@@ -1,6 +1,12 @@
-"""What `mkdocs build` adds to the pages: configuration tables, the files of `configs/`, the village's numbers, plain fences."""
+"""What `mkdocs build` makes of the pages, which are plain Markdown in the repository; and what in them is made from the code.
+
+    python docs/hooks.py        # writes that anew: after a change to a config class, the village or a docstring of the API page
+
+A link to a file of `configs/` on a line of its own becomes the file, and the list of modules on the API page their docstrings.
+"""
 
 import inspect
+import pkgutil
 import re
 import types
 from collections.abc import Iterator
@@ -35,24 +41,45 @@ FILES = (
 """What a YAML file can hold; every other config class is reached from these."""
 
 _FENCE_WORDS = re.compile(r"^(```\w+) (?:no-run|fails|output|instruction|preference|documents|[A-Z]\w+)$", re.MULTILINE)
-_CONFIG_FILE = re.compile(r"^<!-- config: (\S+) -->$", re.MULTILINE)
+_CONFIG_FILE = re.compile(r"^\[`(\S+)`\]\(\.\./configs/\S+\)$", re.MULTILINE)
+_API_ENTRY = re.compile(r"^- \[`(modern_llm\S+)`\](\(\.\./modern_llm/\S+\)).*$", re.MULTILINE)
 _CONFIG_LINK = re.compile(r"\[(`\S+`)\]\(\.\./configs/\S+\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for every page before it is rendered."""
-    for marker, content in {
+    markdown = with_tables(markdown)
+    markdown = _CONFIG_FILE.sub(lambda match: f"```yaml\n{(ROOT / 'configs' / match[1]).read_text()}```", markdown)
+    markdown = _CONFIG_LINK.sub(r"\1", markdown)  # for readers of the repository; the site has the files on a page
+    markdown = _API_ENTRY.sub(lambda match: _autodoc(match[1]), markdown)
+    return _FENCE_WORDS.sub(r"\1", markdown)  # the second word of a fence is for tests/test_docs.py
+
+
+def with_tables(markdown: str) -> str:
+    """The page with all that is made from the code as it is now: its tables, and the first lines of docstrings."""
+    for name, content in {
         "stage defaults": stage_defaults,
         "config classes": lambda: "\n".join(map(class_table, config_classes())),
         "village rows": village_rows_table,
         "village demonstrators": village_demonstrators,
         "village pairs": village_pairs,
     }.items():
-        if f"<!-- {marker} -->" in markdown:
-            markdown = markdown.replace(f"<!-- {marker} -->", content())
-    markdown = _CONFIG_LINK.sub(r"\1", markdown)  # for readers of the repository; the site has the files on the page
-    markdown = _CONFIG_FILE.sub(lambda match: f"```yaml\n{(ROOT / 'configs' / match[1]).read_text()}```", markdown)
-    return _FENCE_WORDS.sub(r"\1", markdown)  # the second word of a fence is for tests/test_docs.py
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if begin in markdown:
+            before, _, rest = markdown.partition(begin)
+            markdown = f"{before}{begin}\n\n{content().strip()}\n\n{end}{rest.partition(end)[2]}"
+    return _API_ENTRY.sub(lambda match: f"- [`{match[1]}`]{match[2]}: {_first_line(match[1])}", markdown)
+
+
+def _first_line(name: str) -> str:
+    return (inspect.getdoc(pkgutil.resolve_name(name)) or "").split("\n", 1)[0]
+
+
+def _autodoc(name: str) -> str:
+    """The entry of a module, function or class for mkdocstrings. What a config's fields mean is on a page of its own."""
+    if name.endswith("Config"):
+        return f"\n::: {name}\n    options: {{members: false}}\n"
+    return f'\n::: {name}\n    options: {{filters: ["!^_", "!Config$"]}}\n' if name.endswith("_datasets") else f"\n::: {name}\n"
 
 
 def config_classes() -> list[type[BaseModel]]:
@@ -179,3 +206,8 @@ def village_pairs() -> str:
         f"| `form` | {form:.0%} | true and courteous | true and curt |\n"
         f"| `both` | {1 - truth - form:.0%} | true and courteous | wrong and curt |\n"
     )
+
+
+if __name__ == "__main__":
+    for page in (ROOT / "docs").glob("*.md"):
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -28,6 +28,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers import save_start, tiny_model, tiny_tokenizer, write_jsonl
 
 from modern_llm import cli, config
 from modern_llm.config import PipelineConfig, StrictModel, load_config
@@ -193,6 +194,18 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page, tmp_path, m
         reader.read(fence)
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "real-model.md"], ids=name_of)
+def test_the_three_lines_for_a_model_of_ones_own_work(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    save_start(tiny_model(tokenizer), tokenizer, Path("my-model"))
+    write_jsonl(Path("my-rows.jsonl"), [{"prompt": f"Say {n}.", "response": f"It is {n}."} for n in range(40)])
+    (lines,) = (fence.text for fence in fences(page) if 'run_sft("my-model"' in fence.text)
+    assert len([line for line in lines.splitlines() if line]) == 3
+    exec(compile(lines, str(page), "exec"), {})
+    assert Path("experiments/runs/sft/sft_final").is_dir()
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_every_config_file_is_valid_and_described(path):
     load_config(PipelineConfig, path)
@@ -211,6 +224,43 @@ def test_the_tests_that_the_security_page_names_exist():
     named = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
     assert len(named) > 10
     assert [test for file, test in named if f"\ndef {test}(" not in (ROOT / file).read_text(encoding="utf-8")] == []
+
+
+SITE_ONLY = re.compile(r"^ *(:::|!!!|\?\?\?|===|--8<--|\{%)|\]\{")
+"""Syntax of mkdocs and its extensions, which other readers of Markdown show as it stands."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_page_reads_whole_without_the_site(page):
+    text = page.read_text(encoding="utf-8")
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in plain.splitlines() if SITE_ONLY.search(line)] == []
+    # what is made from the code stands in the page itself, and is up to date
+    assert documentation_hooks().with_tables(text) == text, "run: python docs/hooks.py"
+
+
+def test_the_site_documents_every_entry_of_the_api_page():
+    source = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^- \[`(\S+)`\]", source, re.MULTILINE)
+    assert len(entries) > 50
+    page = documentation_hooks().on_page_markdown(source)
+    assert re.findall(r"^::: (\S+)$", page, re.MULTILINE) == entries
+
+
+def test_the_site_shows_the_config_files_of_the_recipes():
+    page = documentation_hooks().on_page_markdown((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))
+    missing = [path.name for path in CONFIGS if path.read_text(encoding="utf-8") not in page]
+    assert missing == []
+
+
+def test_the_papers_settings_are_the_papers():
+    """arXiv 2305.18290, appendix B."""
+    for name, beta in (("hh", 0.1), ("tldr", 0.5)):
+        stage = load_config(PipelineConfig, ROOT / "configs" / f"dpo-paper-{name}.yaml").dpo
+        assert stage is not None
+        train = stage.train
+        assert (stage.dpo.beta, stage.dpo.loss_type, train.optimizer, train.learning_rate) == (beta, "sigmoid", "rmsprop", 1e-6)
+        assert (train.batch_size, train.warmup_steps, train.lr_schedule) == (64, 150, "constant")
 
 
 def test_every_page_is_in_the_navigation():
