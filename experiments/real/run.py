@@ -81,7 +81,7 @@ def held_out_loss(checkpoint: Path | str, data: PreparedData) -> float:
     """Mean negative log-likelihood of the held-out answers, nats per token."""
     policy = frozen(Policy(load_model(checkpoint).eval()))
     with autocast(torch.bfloat16, policy.device):
-        return math.log(perplexity(policy, data.evaluation, 8))
+        return math.log(perplexity(policy, data.evaluation, 8)["perplexity"])
 
 
 def answers(checkpoint: Path | str) -> list[str]:
