@@ -298,7 +298,7 @@ def _plan(words: list[str]) -> None:
     from modern_llm.report.plan import plan
     from modern_llm.report.plan_text import show
 
-    show(plan(config, measure=not a.no_measure, fit=a.fit, ranks=a.ranks), a.as_json)
+    show(plan(config, measure=not a.no_measure, fit=a.fit, ranks=a.ranks, seconds=a.seconds), a.as_json)
 
 
 def _bench(words: list[str]) -> None:

@@ -155,6 +155,8 @@ class PlanArguments(StrictModel):
     """Choose the largest micro-batch that fits into the memory of this machine; it never changes the result."""
     no_measure: bool = False
     """Leave the measured optimizer steps out: no expected time, and memory from shapes alone."""
+    seconds: PositiveFloat = 20.0
+    """How long the measured steps of all stages may take together, from when model and data are loaded."""
     ranks: PositiveInt = 1
     """Processes that will train together; memory is that of each."""
     as_json: bool = False

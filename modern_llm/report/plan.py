@@ -21,7 +21,7 @@ from modern_llm.models.flops import training_cost
 from modern_llm.precision import choose_precision
 from modern_llm.report.memory import NOT_MEASURED, Bytes, Correction, Estimate, Machine, machine_memory, resident_bytes
 from modern_llm.report.rehearsal import (
-    RehearsalTooLargeError,
+    NotMeasuredError,
     Rehearsed,
     arguments_for_rehearsal,
     asks_reference,
@@ -34,14 +34,16 @@ from modern_llm.report.survey import Survey, model_of_shapes
 
 ROOM = 0.9
 """Share of the free memory that `fit` fills: the rest is for what no count of tensors knows."""
-LEAST_STEPS, MOST_STEPS = 3, 30
-"""Optimizer steps that are measured."""
-MEASURED_SECONDS = 4.0
-"""How long they should take together; of steps that take longer there are `LEAST_STEPS`."""
-LONGEST_SECONDS = 60.0
-"""How long they and as many before them may take as far as the arithmetic tells: beyond, they have fewer micro-batches."""
+SECONDS = 20.0
+"""How long the measurements of all stages may take, from when model and data are loaded."""
+LEAST_STEPS, MOST_STEPS = 6, 60
+"""Optimizer steps that are tried, of which the second half is measured; fewer where the time ends before."""
+TRIED_SECONDS = 8.0
+"""How long they should take together, where there is more time."""
+CHECKED_ROWS = 3
+"""Passes over an example before the first step: checks of the model's path, and the trial batch."""
 EXPECTED_SHARE = 0.3
-"""Share of the machine's limit by which that is foreseen."""
+"""Share of the machine's limit by which all that is foreseen."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ class StagePlan:
     """Of the measured steps."""
     not_measured: str | None
     """Why not."""
+    measured_rows: int = 0
+    """Examples of the measured steps."""
+    measured_steps: int = 0
+    """How many steps those were."""
+    spread: float | None = None
+    """Half of the range of their rates, over the mean. None: of one step, or of none."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +121,16 @@ class Plan:
         return sum(sum(s.seconds.values()) for s in self.stages) if all(s.seconds for s in self.stages) else None
 
 
-def plan(config: PipelineConfig, measure: bool = True, fit: bool = False, ranks: int = 1) -> Plan:
+def plan(config: PipelineConfig, measure: bool = True, fit: bool = False, ranks: int = 1, seconds: float = SECONDS) -> Plan:
     """Plan every stage of a pipeline. Its data is prepared and kept for the run; nothing else is left behind.
 
     Args:
         config: the pipeline.
-        measure: run three optimizer steps of each stage, or more of short ones, on the first rows of its data, in a process of
-            their own. Where the memory that the shapes foresee is not there, they are left out.
+        measure: run some optimizer steps of each stage on the first rows of its data, in a process of their own. Where the
+            memory that the shapes foresee is not there, they are left out.
         fit: choose each stage's `micro_batch_size` anew: the largest that fits.
         ranks: processes that will train together. Only one is measured, without what they say to each other.
+        seconds: how long the measurements may take together, from when model and data are loaded.
 
     Raises:
         UserError: a config, file or name that the user can put right.
@@ -150,7 +159,7 @@ def plan(config: PipelineConfig, measure: bool = True, fit: bool = False, ranks:
         start = None if config.start_checkpoint is None else str(config.start_checkpoint)
         for stage in stages:
             planner = _Planner(config, stage, tokenizer, scratch, start, whole)
-            found = planner.plan(measure, fit)
+            found = planner.plan(measure, fit, seconds / len(stages))
             if stage == "pretrain" and found.seconds:
                 found.seconds["opening"] += tokenizer_seconds
             whole.stages.append(found)
@@ -193,15 +202,16 @@ class _Planner:
         self.asks_reference = stage == "dpo" and asks_reference(section.dpo)
         self.second_model = stage == "dpo" and (section.dpo.sync_ref_model or section.dpo.reference_checkpoint is not None)
 
-    def plan(self, measure: bool, fit: bool) -> StagePlan:
+    def plan(self, measure: bool, fit: bool, seconds: float) -> StagePlan:
         """The whole of it."""
+        tries = 3 if fit else 1
         if fit and self.config.micro_batch_tokens is not None:
             raise UserError(f"micro_batch_tokens={self.config.micro_batch_tokens} decides the micro-batches: leave out --fit")
         correction, rehearsed, reason = NOT_MEASURED, None, None if measure else "asked to leave it out"
         if fit:
             self.config = self._with_micro_batch(self._largest_that_fits(correction))
-        for attempt in range((3 if fit else 1) if measure else 0):
-            rehearsed, reason = self._rehearse(self.scratch / str(attempt))
+        for attempt in range(tries if measure else 0):
+            rehearsed, reason = self._rehearse(self.scratch / str(attempt), seconds / tries)
             if rehearsed is None:
                 break
             correction = self._correction(rehearsed)
@@ -246,7 +256,7 @@ class _Planner:
         sizes = [size for size in range(share, 0, -1) if share % size == 0]
         return next((size for size in sizes if self._peak(self._with_micro_batch(size), correction) <= room), 1)
 
-    def _rehearse(self, folder: Path) -> tuple[Rehearsed | None, str | None]:
+    def _rehearse(self, folder: Path, seconds: float) -> tuple[Rehearsed | None, str | None]:
         """Measure some optimizer steps, or say why not."""
         if self._peak(self.config, NOT_MEASURED) > self.whole.machine.available:
             return None, "it does not fit, as far as its shapes tell"
@@ -257,16 +267,20 @@ class _Planner:
         if micro is None:
             micro = max(1, int((self.config.micro_batch_tokens or 0) / self.survey.mean_tokens))
         accumulation = -(-share // micro)
-        foreseen = share * self.survey.flops / (self.limit * EXPECTED_SHARE)
-        steps = min(max(math.ceil(MEASURED_SECONDS / foreseen), LEAST_STEPS), MOST_STEPS)
-        affordable = int(accumulation * LONGEST_SECONDS / (2 * steps * foreseen))
-        batch_size = min(share, micro * max(affordable, min(accumulation, 2)))
-        rows = rows_for(2 * steps * batch_size, self.data, list(self.data_config.sources()))
-        short = arguments_for_rehearsal(self.arguments, self.config, self.data_config, rows, folder, steps, batch_size)
+        row_seconds = self.survey.flops / (self.limit * EXPECTED_SHARE) * (4 / 3 if self.asks_reference else 1)
+        affordable = max(1, int(seconds / row_seconds) - CHECKED_ROWS)
+        micro = min(micro, max(1, affordable // LEAST_STEPS))
+        batch_size = min(share, micro * min(accumulation, max(1, affordable // (LEAST_STEPS * micro))))
+        foreseen = batch_size * row_seconds
+        steps = min(max(math.ceil(min(TRIED_SECONDS, seconds / 2) / foreseen), LEAST_STEPS), MOST_STEPS)
+        steps = min(steps, max(2, affordable // batch_size))
+        rows = rows_for(steps * batch_size, self.data, list(self.data_config.sources()))
+        config = self.config if self.config.micro_batch_size is None else self._with_micro_batch(micro)
+        short = arguments_for_rehearsal(self.arguments, config, self.data_config, rows, folder, steps, batch_size)
         try:
-            rehearsed = rehearse(self.stage, short, folder)
-        except RehearsalTooLargeError:
-            return None, "the system stopped the steps for want of memory"
+            rehearsed = rehearse(self.stage, short, folder, seconds)
+        except NotMeasuredError as error:
+            return None, str(error)
         self.checkpoint = str(folder / "run" / f"{self.stage}_final")
         return rehearsed, None
 
@@ -274,7 +288,7 @@ class _Planner:
         """Learn from what was measured."""
         self.process = rehearsed.process_bytes
         tokens = rehearsed.largest_tokens
-        load = self.survey.largest(self.config.micro_batch_size, 1, self.stage == "dpo")
+        load = self.survey.largest(rehearsed.micro_batch_size, 1, self.stage == "dpo")
         seen = type(load)(
             tokens, round(tokens * self.survey.predicted_share), load.longest, rehearsed.several, self.stage == "dpo"
         )
@@ -309,6 +323,9 @@ class _Planner:
             seconds={} if rehearsed is None else self._seconds(rehearsed),
             mfu=None if rehearsed is None else rehearsed.flops_per_second / self.limit,
             not_measured=reason,
+            measured_rows=0 if rehearsed is None else rehearsed.rows,
+            measured_steps=0 if rehearsed is None else rehearsed.steps,
+            spread=None if rehearsed is None else rehearsed.spread,
         )
 
     def _ways_out(self, correction: Correction) -> dict[str, int]:
@@ -357,7 +374,8 @@ class _Planner:
             "checkpoints": rehearsed.saving_seconds * (1 + self._periodic_checkpoints() * (1 + state)),
         }
         if self.asks_reference:
-            found["reference"] = rehearsed.reference_seconds * ((survey.epoch_size or 0) + survey.evaluated) / ranks
+            asked = min(survey.epoch_size or 0, survey.drawn) + survey.evaluated
+            found["reference"] = rehearsed.reference_seconds * asked / ranks
         return found
 
 

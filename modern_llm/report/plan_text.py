@@ -24,8 +24,8 @@ def show(plan: Plan, as_json: bool, console: Console | None = None) -> None:
         console.print(json.dumps({**asdict(plan), **whole}), soft_wrap=True, highlight=False, markup=False)
         return
     console.print(
-        f"{plan.device}: {gigabytes(plan.machine.total)} of memory, {gigabytes(plan.machine.available)} of it free; "
-        f"{gigabytes(plan.disk_free_bytes)} of disk free; limit {plan.limit / 1e9:,.0f} GFLOP/s {plan.precision}",
+        f"{plan.device}: {memory_size(plan.machine.total)} of memory, {memory_size(plan.machine.available)} of it free; "
+        f"{memory_size(plan.disk_free_bytes)} of disk free; limit {plan.limit / 1e9:,.0f} GFLOP/s {plan.precision}",
         highlight=False,
     )
     for stage in plan.stages:
@@ -36,7 +36,7 @@ def show(plan: Plan, as_json: bool, console: Console | None = None) -> None:
     verdict = "fits" if all(stage.fits for stage in plan.stages) else "[bold red]does not fit[/bold red]"
     spent = "" if plan.seconds is None else f", {duration(plan.seconds)}"
     console.print(
-        f"together: {gigabytes(plan.peak_bytes)} at most, {gigabytes(plan.disk_bytes)} of disk{spent}; {verdict}",
+        f"together: {memory_size(plan.peak_bytes)} at most, {memory_size(plan.disk_bytes)} of disk{spent}; {verdict}",
         highlight=False,
     )
     if plan.disk_bytes > plan.disk_free_bytes:
@@ -58,22 +58,25 @@ def lines(stage: StagePlan, ranks: int) -> dict[str, str]:
         "data": f"{epoch}, {stage.tokens:,} tokens in {stage.steps:,} steps of {stage.batch_size}",
         "micro-batch": f"{micro} on each of {ranks} processes, at most {stage.largest_micro_batch_tokens:,} tokens",
         "work": f"{stage.flops / 1e12:,.2f} TFLOP",
-        "memory": f"{gigabytes(stage.peak_bytes)} at its highest: {_parts(stage.memory, gigabytes)}",
-        "disk": f"{gigabytes(sum(stage.disk.values()))} of checkpoints: {_parts(stage.disk, gigabytes)}",
+        "memory": f"{memory_size(stage.peak_bytes)} at its highest: {_parts(stage.memory, memory_size)}",
+        "disk": f"{memory_size(sum(stage.disk.values()))} of checkpoints: {_parts(stage.disk, memory_size)}",
     }
     if stage.seconds:
         said["time"] = f"{duration(sum(stage.seconds.values()))}, mfu {stage.mfu or 0:.1%}: {_parts(stage.seconds, duration)}"
+        within = "one step: may be far off" if stage.spread is None else f"their rates within {stage.spread:.0%} of the mean"
+        said["measured"] = f"{stage.measured_rows} examples in {stage.measured_steps} steps, {within}"
     else:
-        said["time"] = f"not measured: {stage.not_measured}"
+        said["time"] = "not measured"
+        said["measured"] = f"from shapes only: {stage.not_measured}"
     if not stage.fits:
-        ways = [f"{setting} ({gigabytes(size)})" for setting, size in stage.ways_out.items()]
+        ways = [f"{setting} ({memory_size(size)})" for setting, size in stage.ways_out.items()]
         said["too large"] = "one of: " + "; ".join([*ways, "a smaller max_length", "adapter, in sft and dpo"])
     return said
 
 
-def gigabytes(size: float) -> str:
-    """Of 2^30 bytes."""
-    return f"{size / 2**30:.2f} GiB"
+def memory_size(size: float) -> str:
+    """Of 2^30 bytes, or of 2^20 where that is little."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def _parts(parts: dict, unit) -> str:

@@ -4,17 +4,18 @@ They run in a process of their own (`python -m modern_llm.report.rehearsal`), so
 nothing else, and a run that does not fit takes nothing with it.
 """
 
-import itertools
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,25 +23,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from modern_llm import distributed
 from modern_llm.allocator import steady_memory
-from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
+from modern_llm.config import DPOConfig, TrainingConfig, UserError
 from modern_llm.config.commands import DPOArguments, PretrainArguments, SFTArguments
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.training import Stage
 from modern_llm.data.chat import ChatEncoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.data.lm_datasets import prepare_documents
-from modern_llm.data.loader import steps
+from modern_llm.data.loader import StepBatch
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import PreparedData
 from modern_llm.data.store import CACHE_VARIABLE
 from modern_llm.data.tokenizer import TextEncoder, load_tokenizer
 from modern_llm.initial.checkpoint import InitialCheckpoint, read_initial
-from modern_llm.layout import PackedRow
 from modern_llm.limits import matmul_limit
 from modern_llm.models.policy import Policy
 from modern_llm.precision import choose_precision
 from modern_llm.report.memory import peak_resident_bytes, resident_bytes
 from modern_llm.training import stage as stage_module
+from modern_llm.training.best import Best
 from modern_llm.training.loop import Loop
 from modern_llm.training.stopping import StopRequest
 from modern_llm.training.train_dpo import run_dpo
@@ -53,10 +54,16 @@ FOUND = "rehearsed "
 ASKED = re.compile(r"reference log-probs of (\d+) pairs in ([\d.]+) s")
 """What preference training says of its reference."""
 NEVER = 10**9
+OUT_OF_TIME = 75
+"""Exit code of a rehearsal that did no step in time."""
 
 
-class RehearsalTooLargeError(Exception):
-    """The system stopped a rehearsal."""
+class NotMeasuredError(Exception):
+    """A rehearsal gave no numbers, with the reason."""
+
+
+class _OutOfTimeError(BaseException):
+    """The time is over, and not one step is done. No part of a run may take it for an error of its own."""
 
 
 class Rehearsed(BaseModel):
@@ -70,6 +77,14 @@ class Rehearsed(BaseModel):
     """Memory at its largest: of the process, or of the GPU."""
     largest_tokens: int
     """Tokens of the largest micro-batch."""
+    micro_batch_size: int | None
+    """That it ran with."""
+    rows: int
+    """Examples of the measured steps."""
+    steps: int
+    """How many steps those were."""
+    spread: float | None
+    """Half of the range of their rates, over the mean. None: of one step."""
     several: bool
     """Whether a step had several micro-batches."""
     tokens_per_second: float
@@ -89,7 +104,7 @@ class Rehearsed(BaseModel):
 def arguments_for_rehearsal(
     arguments: BaseModel, train: TrainingConfig, data: DatasetConfig, rows: int, folder: Path, num_steps: int, batch_size: int
 ) -> dict[str, Any]:
-    """A stage's arguments for `2 · num_steps` optimizer steps on the first rows of its data.
+    """A stage's arguments for a few optimizer steps on the first rows of its data.
 
     Args:
         arguments: of the stage.
@@ -97,14 +112,15 @@ def arguments_for_rehearsal(
         data: the stage's data set.
         rows: of each source.
         folder: where it may write.
-        num_steps: the first half warms up, the second half is measured.
+        num_steps: at most.
         batch_size: sequences or pairs of a step.
     """
     short = {
         "batch_size": batch_size, "micro_batch_size": train.micro_batch_size and min(train.micro_batch_size, batch_size),
-        "gradient_accumulation_steps": None, "max_steps": 2 * num_steps, "num_epochs": None,
-        "warmup_steps": 0, "log_every": num_steps, "save_every": NEVER, "eval_every": None, "report_to": (), "run_name": None,
-        "output_dir": folder / "run", "dataset_name": None,
+        "gradient_accumulation_steps": None, "max_steps": num_steps, "num_epochs": None,
+        "warmup_steps": 0, "log_every": NEVER, "save_every": NEVER, "eval_every": None, "report_to": (), "run_name": None,
+        "output_dir": folder / "run", "dataset_name": None, "eval_at_start": False, "keep_best": None, "early_stopping": None,
+        "answer_prompts": 0, "report_answers": False,
     }  # fmt: skip
     sources = {
         name: source.model_copy(update={"max_rows": min(rows, source.max_rows or rows)})
@@ -117,26 +133,29 @@ def arguments_for_rehearsal(
     return changed.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def rehearse(stage: Stage, arguments: dict[str, Any], folder: Path) -> Rehearsed:
+def rehearse(stage: Stage, arguments: dict[str, Any], folder: Path, seconds: float) -> Rehearsed:
     """Run a stage in a process of its own.
 
     Args:
         stage: which.
         arguments: from `arguments_for_rehearsal`.
         folder: for all that it writes; the final checkpoint is `run/<stage>_final` in it.
+        seconds: how long it may take from when model and data are loaded; no step begins that would not end in them.
 
     Raises:
         UserError: what the run itself would raise.
-        RehearsalTooLargeError: the system stopped the process.
+        NotMeasuredError: the system stopped the process, or no step was done in time.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     environment[CACHE_VARIABLE] = str(folder / "cache")
     done = subprocess.run(
-        [sys.executable, "-m", "modern_llm.report.rehearsal", stage],
+        [sys.executable, "-m", "modern_llm.report.rehearsal", stage, str(seconds)],
         input=json.dumps(arguments), env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode == -9 or "torch.OutOfMemoryError" in done.stderr or "not enough memory" in done.stderr:
-        raise RehearsalTooLargeError
+        raise NotMeasuredError("the system stopped the steps for want of memory")
+    if done.returncode == OUT_OF_TIME:
+        raise NotMeasuredError(f"the first step was not done in {seconds:g} s (--seconds)")
     if done.returncode == 2:
         said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
         raise UserError("\n".join(said))
@@ -152,7 +171,7 @@ def rehearse(stage: Stage, arguments: dict[str, Any], folder: Path) -> Rehearsed
     return found.model_copy(update={"reference_seconds": seconds / pairs, "opening_seconds": opening})
 
 
-def _perform(stage: Stage, arguments: Any) -> Rehearsed:
+def _perform(stage: Stage, arguments: Any, seconds: float) -> Rehearsed:
     """What the process does."""
     train: TrainingConfig = arguments.train_config
     _prepare_apart(stage, arguments)
@@ -160,10 +179,19 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
     precision, _ = choose_precision(train.mixed_precision, device)
     if device.type == "cpu":
         steady_memory()  # as the stage will have it, before the first product
-    limit = matmul_limit(device, precision)
+    matmul_limit(device, precision)  # measured before the clock starts
     _load_code(arguments)
     stage_module.Loop = _WatchedLoop  # type: ignore[misc] - this process does nothing else
-    began = time.time()
+    make_policy = stage_module._make_policy
+
+    def loaded(*given: Any) -> Any:
+        _WatchedLoop.deadline = time.monotonic() + seconds
+        signal.signal(signal.SIGALRM, _out_of_time)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        return make_policy(*given)
+
+    stage_module._make_policy = loaded
+    began = time.monotonic()
     if stage == "pretrain":
         final = run_training(arguments.model, train, arguments.dataset_config, arguments.tokenizer_name)
     elif stage == "sft":
@@ -172,27 +200,40 @@ def _perform(stage: Stage, arguments: Any) -> Rehearsed:
         final = run_dpo(
             arguments.sft_checkpoint, train, arguments.dpo_config, arguments.preference_config, arguments.tokenizer_name
         )
-    ended = time.time()
+    ended = time.monotonic()
     peak, process = peak_resident_bytes(), _WatchedLoop.held_before
     if device.type == "cuda":
         process, peak = 0, torch.cuda.max_memory_reserved(device)
-    assert train.output_dir is not None
-    lines = [json.loads(line) for line in (train.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    warm, measured = [line for line in lines if "tokens_per_second" in line][-2:]
-    data = prepare(stage, arguments, load_tokenizer(final))
-    rows = _rows(stage, data, train)
-    seconds = sum(row.num_tokens for row in itertools.chain(*rows[len(rows) // 2 :])) / measured["tokens_per_second"]
+    steps = _WatchedLoop.steps
+    warm, measured = steps[: len(steps) // 2], steps[len(steps) // 2 :]  # of one step, that one
+    tokens, flops, spent = (sum(values) for values in zip(*((s.tokens, s.flops, s.seconds) for s in measured), strict=True))
+    rates = [step.flops / step.seconds for step in measured]
+    excess = sum(step.seconds for step in warm) - sum(step.tokens for step in warm) * spent / tokens
     return Rehearsed(
         process_bytes=process,
         peak_bytes=peak,
-        largest_tokens=max(row.num_tokens for row in itertools.chain(*rows)),
-        several=max(map(len, rows)) > 1,
-        tokens_per_second=measured["tokens_per_second"],
-        flops_per_second=measured["mfu"] * limit,
-        opening_seconds=max(0.0, warm["time"] - began - seconds),
-        saving_seconds=ended - measured["time"],
+        largest_tokens=max(step.largest for step in steps),
+        micro_batch_size=train.micro_batch_size,
+        rows=sum(step.rows for step in measured),
+        steps=len(measured),
+        spread=(max(rates) - min(rates)) / 2 / (flops / spent) if len(rates) > 1 else None,
+        several=max(step.micro_batches for step in steps) > 1,
+        tokens_per_second=tokens / spent,
+        flops_per_second=flops / spent,
+        opening_seconds=max(0.0, _WatchedLoop.began - began + excess),
+        saving_seconds=ended - _WatchedLoop.ended,
         checkpoint_bytes=sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
     )
+
+
+def _out_of_time(number: int, frame: FrameType | None) -> None:
+    """Leave where not one step is done; else the loop looks at the time itself.
+
+    Raises:
+        _OutOfTimeError: none is.
+    """
+    if not _WatchedLoop.steps:
+        raise _OutOfTimeError
 
 
 def _prepare_apart(stage: Stage, arguments: Any) -> None:
@@ -220,15 +261,55 @@ def _initial_of(arguments: Any) -> InitialCheckpoint:
     return read_initial(arguments.sft_checkpoint if isinstance(arguments, DPOArguments) else arguments.pretrain_checkpoint)
 
 
+class _Step(NamedTuple):
+    """What an optimizer step took."""
+
+    rows: int
+    tokens: int
+    largest: int
+    """Tokens of its largest micro-batch."""
+    micro_batches: int
+    flops: float
+    seconds: float
+
+
+class _UntilDeadline(Best):
+    """Ends a run before a step that would not end in time."""
+
+    @property
+    def is_over(self) -> bool:
+        steps = _WatchedLoop.steps
+        return bool(steps) and time.monotonic() + max(s.seconds for s in steps[-3:]) > _WatchedLoop.deadline
+
+
 class _WatchedLoop(Loop):
-    """Looks at the memory before the first step: what opening a run leaves behind does not grow with its batches."""
+    """Looks at the memory before the first step, which opening a run leaves behind, and at the time of every step."""
 
     held_before = 0
+    deadline = math.inf
+    began = ended = 0.0
+    steps: list[_Step] = []  # noqa: RUF012 - one loop runs in this process
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.best = _UntilDeadline(self.config)
+
+    def _optimizer_step(self, batch: StepBatch) -> None:
+        began, flops = time.monotonic(), self.speed.flops
+        super()._optimizer_step(batch)
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        type(self).ended = time.monotonic()
+        sizes = [micro_batch.row.num_tokens for micro_batch in batch.micro_batches]
+        rows = sum(len(micro_batch.row_ids) for micro_batch in batch.micro_batches)
+        spent = self.ended - began
+        self.steps.append(_Step(rows, sum(sizes), max(sizes), len(sizes), self.speed.flops - flops, spent))
 
     def run(self, stop: StopRequest | None = None) -> None:
         second = getattr(self.objective, "live", None)
         models = [self.policy, *([second] if isinstance(second, Policy) else [])]
         tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+        type(self).began = time.monotonic()
         type(self).held_before = max(0, resident_bytes() - sum(tensor.numel() * tensor.element_size() for tensor in tensors))
         super().run(stop)
 
@@ -240,17 +321,6 @@ def _load_code(arguments: Any) -> None:
     else:
         config = _initial_of(arguments).config
     AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined] - importing is all it does
-
-
-def _rows(stage: Stage, data: PreparedData, train: TrainingConfig) -> list[list[PackedRow]]:
-    """Every micro-batch of every step: a pure function of the data and the seed."""
-    config = resolve(train, stage, 1, data.train.epoch_size)
-    assert config.batch_size is not None
-    assert config.max_steps is not None
-    batches = steps(
-        data.train, config.batch_size, config.micro_batch_size, config.seed, micro_batch_tokens=config.micro_batch_tokens
-    )
-    return [[b.row for b in batch.micro_batches] for _, batch in zip(range(config.max_steps), batches, strict=False)]
 
 
 def prepare(stage: Stage, arguments: Any, tokenizer: PreTrainedTokenizerFast) -> PreparedData:
@@ -291,10 +361,12 @@ def rows_for(examples: int, data: PreparedData, sources: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """`python -m modern_llm.report.rehearsal STAGE`, with the arguments as JSON on standard input."""
+    """`python -m modern_llm.report.rehearsal STAGE SECONDS`, with the arguments as JSON on standard input."""
     stage: Stage = sys.argv[1]  # type: ignore[assignment]
     try:
-        found = _perform(stage, KINDS[stage].model_validate_json(sys.stdin.read()))
+        found = _perform(stage, KINDS[stage].model_validate_json(sys.stdin.read()), float(sys.argv[2]))
+    except _OutOfTimeError:
+        os._exit(OUT_OF_TIME)  # a thread of torch may be at work
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

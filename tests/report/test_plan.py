@@ -30,7 +30,7 @@ from modern_llm.precision import autocast
 from modern_llm.report import plan as planning
 from modern_llm.report.memory import Correction, Estimate, Load, Machine
 from modern_llm.report.plan import plan
-from modern_llm.report.plan_text import show
+from modern_llm.report.plan_text import memory_size, show
 from modern_llm.training.optim import ParameterGroups
 
 ROWS = 12
@@ -170,7 +170,7 @@ def test_measured_steps_give_time_and_memory_and_leave_nothing_behind(
     for name in ("scratch", "cache"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr(planning, "TRIED_SECONDS", 0.0)
     before = sorted(tmp_path.rglob("*"))
     whole = plan(config)
     (found,) = whole.stages
@@ -187,6 +187,24 @@ def test_measured_steps_give_time_and_memory_and_leave_nothing_behind(
     file = io.StringIO()
     show(whole, as_json=True, console=Console(file=file, width=20))
     assert json.loads(file.getvalue())["stages"][0]["steps"] == found.steps
+    assert found.measured_steps == planning.LEAST_STEPS // 2
+    assert found.measured_rows == found.measured_steps * 4
+    assert found.spread is not None
+
+
+def test_with_too_little_time_the_plan_is_from_shapes_only_and_says_so(tmp_path: Path, start: Path) -> None:
+    whole = plan(pipeline(tmp_path, start, mixed_precision="fp32"), seconds=0.001)
+    (found,) = whole.stages
+    assert (found.seconds, found.measured_steps, found.fits) == ({}, 0, True)
+    file = io.StringIO()
+    show(whole, as_json=False, console=Console(file=file, width=200))
+    assert "from shapes only: the first step was not done in 0.001 s (--seconds)" in file.getvalue()
+
+
+def test_small_sizes_are_said_in_mebibytes() -> None:
+    assert [memory_size(size) for size in (0, 300_000, 40 * 2**20, 2**30 - 1, 3 * 2**29)] == [
+        "0.0 MiB", "0.3 MiB", "40.0 MiB", "1,024.0 MiB", "1.50 GiB",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "rmsprop", "adamw_8bit"])
