@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -144,6 +145,11 @@ class RunLog:
         if self.active:
             tqdm.write(without_secrets(f"{self.run_name}: {text}"))
             sys.stdout.flush()
+
+    def messages(self, texts: Iterable[str]) -> None:
+        """A line for each."""
+        for text in texts:
+            self.message(text)
 
     def log(self, step: int, values: dict[str, float], shown: tuple[str, ...] | None = None) -> None:
         """Record values of a step; `shown` are the names that the console prints (None: all)."""

@@ -48,8 +48,13 @@ class Opened:
     """Folder of the adapters that the run goes on with."""
     token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Table → tokens whose rows train beside the adapters."""
-    notes: tuple[str, ...] = ()
-    """What was done to it, a sentence each, for the log."""
+    own_notes: tuple[str, ...] = ()
+    """What was done to it when it was opened, a sentence each."""
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """What was left out, put right or added, a sentence each, for the log."""
+        return (*(() if self.initial is None else self.initial.notes), *self.own_notes)
 
 
 def open_new(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tokenizer_name: str) -> Opened:

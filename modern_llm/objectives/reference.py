@@ -25,13 +25,16 @@ from torch import Tensor
 
 from modern_llm import distributed
 from modern_llm.checkpoint import storing, weights_hash
+from modern_llm.config import UserError
 from modern_llm.data.loader import micro_batches
 from modern_llm.data.prepared import Example, Mixture, PreparedData, Referenced
 from modern_llm.data.store import cache_folder, remove_litter_of_the_dead, scratch_name
+from modern_llm.layout import num_scored
 from modern_llm.metrics import duration
 from modern_llm.models.adapters import adapter_layers, state_without_adapters
 from modern_llm.models.policy import Policy
 from modern_llm.objectives.answers import answer_scores
+from modern_llm.objectives.preference import START_TOLERANCE
 from modern_llm.precision import autocast
 
 NAMES = ("_name_or_path", "transformers_version")
@@ -40,6 +43,8 @@ PART = {"cpu": 64, "cuda": 512}
 """Pairs that are asked together, in the order in which training visits them: what a killed run loses at most."""
 ROW_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a packed row; pairs of like length go together, whatever order training has."""
+CHECKED = 2
+"""Pairs found on disk about which the reference is asked once more."""
 TOLD_EVERY = 10.0
 """Seconds between two lines that say how far it is."""
 
@@ -86,6 +91,7 @@ def _table(
         folder.mkdir(parents=True, exist_ok=True)
         remove_litter_of_the_dead(folder)
     computed = 0
+    _, kept = _read_all(folder, len(examples))
     # the second time what another rank wrote is missing, if the ranks do not share a file system
     for step in (distributed.world_size(), 1):
         _, known = _read_all(folder, len(examples))
@@ -95,7 +101,30 @@ def _table(
         computed += distributed.together(_fill)(folder, mine, examples, reference, precision, tell)
     table, known = _read_all(folder, len(examples))
     assert bool(known[wanted].all()), f"{folder}: a part vanished while it was read"
+    _check(table, wanted[kept[wanted]][:CHECKED], examples, reference, precision, folder)
     return table, computed
+
+
+def _check(
+    table: Tensor, pairs: np.ndarray, examples: Mixture, reference: Policy, precision: torch.dtype, folder: Path
+) -> None:
+    """Ask about a few pairs that were on disk again.
+
+    Raises:
+        UserError: the answer differs by more than rounding.
+    """
+    asked = [examples[int(i)] for i in pairs]
+    if not asked:
+        return
+    lengths = torch.tensor([[num_scored(segment) for segment in example.segments] for example in asked]).clamp_min(1)
+    differences = (_compute(asked, reference, precision) - table[pairs]).abs().amax(2) / lengths
+    worst, allowed = float(differences.max()), START_TOLERANCE[precision]
+    if worst > allowed:
+        row = asked[int(differences.amax(1).argmax())].row
+        raise UserError(
+            f"row {row}: policy and reference differ by {worst:.3g} nats a token before the first step (at most {allowed:g} by "
+            f"rounding in {precision}): remove the cache folder of the reference, {folder}"
+        )
 
 
 def _fill(

@@ -148,25 +148,20 @@ def train_stage(
         state = None if found is None else load_state(found)
         policy, left_out = _make_policy(opened, config, data, device, drop_out, precision)
         with _open_log(config, 0 if state is None else state["step"]) as log:
-            for note in (*(() if opened.initial is None else opened.initial.notes), *opened.notes):
-                log.message(note)
+            log.messages(opened.all_notes)
             _describe(log, policy, data, config, f"{device} {why}", found, damaged)
-            for line in describe_left_out(left_out):
-                log.message(line)
+            log.messages(describe_left_out(left_out))
             log.message(_compile(policy, stage, config, data, precision))
             manifest = {**record, "inputs": inputs, "key": key_of(inputs)}
             saver = Saver(model, tokenizer, manifest, config, log, opened.adapter_base, found)
-            answers = Answers(data, tokenizer, config, precision, log)
-            loop = Loop(
-                policy, objective, data, config, precision, log, saver.checkpoint, saver.check, saver.best,
-                partial(answers.write, policy),
-            )  # fmt: skip
+            answer = partial(Answers(data, tokenizer, config, precision, log).write, policy)
+            saves = (saver.checkpoint, saver.check, saver.best)
+            loop = Loop(policy, objective, data, config, precision, log, *saves, answer)
             if state is None:
                 trial = trial_examples(data, config)
-                trial = trial if reference is None else reference.look(policy, trial, precision)
+                trial = reference.look(policy, trial, precision) if reference else trial
                 preflight(policy, loop.objective, trial, tokenizer, precision, config, log)
-            if reference is not None:
-                loop.data = reference.ask(policy, data, _visited(data, config), precision, log)
+            loop.data = reference.ask(policy, data, _visited(data, config), precision, log) if reference else data
             if found is not None and state is not None:
                 _load_weights(model, found)
                 loop.load(state)

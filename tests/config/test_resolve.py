@@ -172,7 +172,7 @@ def test_nothing_that_a_run_needs_stays_open(stage) -> None:
     out = resolve(TrainingConfig(), stage, rows_per_epoch=1000)
     optional = {"num_epochs", "eval_every", "dataset_name", "tokenizer_name", "micro_batch_tokens", "ema_decay"}
     optional |= {"decay_ratio", "checkpointed_share"}  # for `wsd`, and for gradient checkpointing
-    optional |= {"adapter", "keep_checkpoints", "max_minutes"}
+    optional |= {"adapter", "keep_checkpoints", "max_minutes", "keep_best", "early_stopping"}
     optional |= {"muon_learning_rate"} if out.optimizer != "muon" else set()
     assert {name for name, value in out if value is None} == optional
 

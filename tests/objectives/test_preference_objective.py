@@ -614,12 +614,13 @@ def test_a_table_of_the_reference_that_belongs_to_other_rows_is_refused(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     dpo = DPOConfig(loss_type=loss)
-    run("first", dpo, max_steps=1, mixed_precision=precision)
+    run("first", dpo, num_epochs=1, max_steps=None, mixed_precision=precision)
     (part,) = (tmp_path / "cache").glob("reference-*/*.safetensors")
-    table = load_file(part)["logprobs"]
+    pairs, table = (load_file(part)[name] for name in ("pairs", "logprobs"))
     assert table.shape == (len(ROWS), 2, 2)
     run("again", dpo, max_steps=1, mixed_precision=precision)
-    wrong = table.roll(1, dims=0).contiguous()
-    save_file({"logprobs": wrong}, part, metadata={"sha256": hashlib.sha256(wrong.numpy().tobytes()).hexdigest()})
+    wrong = {"pairs": pairs, "logprobs": table.roll(1, dims=0).contiguous()}
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in wrong.values())).hexdigest()
+    save_file(wrong, part, metadata={"sha256": digest})
     with pytest.raises(UserError, match=r"policy and reference differ by .* remove the cache folder of the reference"):
         run("shifted", dpo, max_steps=1, mixed_precision=precision)

@@ -147,7 +147,7 @@ def test_what_has_no_meaning_is_refused(start, data, tmp_path) -> None:
             TrainingConfig(eval_every=words)
     for setting in ({"answer_prompts": 2}, {"eval_at_start": True}):
         config = TrainingConfig(output_dir=tmp_path / "b", **{**BASE, "eval_every": None}, **setting)
-        with pytest.raises(UserError, match="needs held-out data"):
+        with pytest.raises(UserError, match="and nothing is held out to evaluate on"):
             run_sft(start, config, InstructionDatasetConfig(dataset_name=str(data / "train.jsonl")))
 
 

@@ -142,5 +142,5 @@ def test_what_the_stage_before_promised_is_compared_with_what_was_loaded(start, 
 def test_a_sample_longer_than_the_context_of_the_model_is_refused_with_both_numbers(start, tmp_path) -> None:
     rows = [{"prompt": "Who?", "completion": "Anna bakes bread. " * 60}]
     data = InstructionDatasetConfig(dataset_name=str(write_jsonl(tmp_path / "long.jsonl", rows)))
-    with pytest.raises(UserError, match=r"max_length: a sample has \d+ tokens, but the context length of the model is 256"):
+    with pytest.raises(UserError, match=r"max_length .*: a sample has \d+ tokens, but the context length of the model is 256"):
         run_sft(start, settings(tmp_path / "run"), data)
