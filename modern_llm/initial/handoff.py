@@ -1,5 +1,6 @@
 """What stages agree on: template, end tokens, vocabulary and context length travel with the checkpoint, and are checked."""
 
+import functools
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -13,7 +14,12 @@ from modern_llm.models.policy import context_length, vocabulary_rows
 def end_token_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """Tokens at which generation stops: the end of a document and the end of an assistant's turn."""
     assert isinstance(tokenizer.eos_token_id, int)
-    return {tokenizer.eos_token_id, ChatEncoder(tokenizer).end_token_id}
+    return {tokenizer.eos_token_id, _end_of_turn(tokenizer, str(tokenizer.chat_template))}
+
+
+@functools.lru_cache(maxsize=2)  # an encoder of a large vocabulary takes a second, and a run asks several times
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast, template: str) -> int:
+    return ChatEncoder(tokenizer).end_token_id
 
 
 def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from modern_llm.models.linear import Linear, TransposedLinear
+
 PROBE_TOLERANCE = 1e-3
 """Relative to the largest output: a product in bf16 rounds by less, any other function of the input differs by far more."""
 
@@ -56,7 +58,7 @@ def _reads_weight(cls: type[nn.Module], name: str) -> bool:
 
 def _is_product(layer: nn.Linear | Conv1D) -> bool:
     """Return whether a layer gives W x + b, as subclasses may not: routers give a choice of experts."""
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward, Linear.forward, TransposedLinear.forward):
         return True
     weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
     x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)

@@ -39,7 +39,7 @@ class Answers:
             precision: type of matrix products.
             log: where the answers go.
         """
-        self.encoder, self.precision, self.log, self.config = ChatEncoder(tokenizer), precision, log, config
+        self.tokenizer, self.precision, self.log, self.config = tokenizer, precision, log, config
         count = min(config.answer_prompts, len(data.evaluation))
         self.prompts = [prompt_ids(data.evaluation[i]) for i in range(count)]
 
@@ -51,10 +51,11 @@ class Answers:
     @torch.no_grad()
     def _write(self, policy: Policy, step: int) -> None:
         devices = [policy.device] if policy.device.type == "cuda" else []
+        encoder = ChatEncoder(self.tokenizer)
         with torch.random.fork_rng(devices), policy.as_loaded() as model, autocast(self.precision, policy.device):
-            found = greedy_answers(model, self.encoder, self.prompts, NEW_TOKENS, self.config.micro_batch_size or 1)
+            found = greedy_answers(model, encoder, self.prompts, NEW_TOKENS, self.config.micro_batch_size or 1)
             ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
-        decode, rows = self.encoder.tokenizer.decode, []
+        decode, rows = self.tokenizer.decode, []
         for answer in found:
             ended = bool(answer.ids) and answer.ids[-1] in (ends if isinstance(ends, list) else [ends])
             said = {"prompt": decode(answer.prompt_ids), "answer": answer.text, "tokens": len(answer.ids), "ended": ended}

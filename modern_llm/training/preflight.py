@@ -19,8 +19,8 @@ from modern_llm.training.in_backward import freed_gradients
 
 EXAMPLES = 4
 """Most examples of the trial batch; never more than a micro-batch, which must fit into memory."""
-TRIAL_TOKENS = 1024
-"""With so many tokens it is large enough: a large model takes its time."""
+TRIAL_TOKENS = 512
+"""With so many tokens it is large enough, and one example to check too: a large model takes its time."""
 CHECKED_EXAMPLES = 2
 """Examples of the first batch, its longest, on which packed or padded rows are compared with the unwrapped model."""
 SHOWN_CHARACTERS = 160
@@ -107,6 +107,8 @@ def longest_rows(data: PreparedData, config: TrainingConfig, vocabulary: int) ->
     assert config.batch_size is not None
     first = [data.train[int(i)] for i in data.train.epoch_order(config.seed, 0)[: config.batch_size]]
     longest = sorted(first, key=lambda example: max(map(len, example.segments)))[-CHECKED_EXAMPLES:]
+    if longest[-1].num_tokens >= TRIAL_TOKENS:
+        longest = longest[-1:]
     return [segment for example in longest for segment in example.segments]
 
 
