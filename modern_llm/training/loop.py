@@ -133,7 +133,8 @@ class Loop:
         self.averages.load(state["averages"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.evaluation_is_due = state["evaluation_is_due"]
-        self.best.load(state["best"])
+        if "best" in state:  # not in one of an older version
+            self.best.load(state["best"])
         self.objective.load(state["objective"])
 
     def run(self, stop: StopRequest | None = None) -> None:
