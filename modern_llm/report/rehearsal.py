@@ -370,6 +370,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # a shutdown takes the handler away, and then the alarm would kill
     print(FOUND + found.model_dump_json())
 
 

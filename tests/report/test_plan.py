@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from modern_llm.report import plan as planning
 from modern_llm.report.memory import Correction, Estimate, Load, Machine
 from modern_llm.report.plan import plan
 from modern_llm.report.plan_text import memory_size, show
+from modern_llm.report.rehearsal import arguments_for_rehearsal
 from modern_llm.training.optim import ParameterGroups
 
 ROWS = 12
@@ -199,6 +202,19 @@ def test_with_too_little_time_the_plan_is_from_shapes_only_and_says_so(tmp_path:
     file = io.StringIO()
     show(whole, as_json=False, console=Console(file=file, width=200))
     assert "from shapes only: the first step was not done in 0.001 s (--seconds)" in file.getvalue()
+
+
+def test_no_alarm_is_left_that_would_kill_a_rehearsal_while_it_shuts_down(tmp_path: Path, start: Path) -> None:
+    config = pipeline(tmp_path, start, mixed_precision="fp32", max_steps=2, num_epochs=None)
+    assert config.sft is not None
+    train = resolve(config.training("sft"), "sft", rows_per_epoch=ROWS)
+    whole = SFTArguments(pretrain_checkpoint=str(start), train_config=train, dataset_config=config.sft.data)
+    arguments = arguments_for_rehearsal(whole, train, config.sft.data, ROWS, tmp_path / "rehearsal", 2, 4)
+    code = "import signal; from modern_llm.report.rehearsal import main; main(); print(*signal.getitimer(signal.ITIMER_REAL))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sft", "60"], input=json.dumps(arguments), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0.0 0.0"
 
 
 def test_small_sizes_are_said_in_mebibytes() -> None:
