@@ -174,6 +174,11 @@ def periodic_checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
+def best_folder(checkpoints: Path, step: int) -> Path:
+    """Where the weights of an evaluation are kept, in a run's folder of checkpoints."""
+    return checkpoints / f"best-{step:06d}"
+
+
 def seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest with its own hash."""
     text = json.dumps({**manifest, OWN_HASH: _hash_of(manifest)}, indent=2)
@@ -270,6 +275,16 @@ def verify(folder: Path | str) -> dict[str, Any] | None:
         if path.is_file() and name not in {*manifest["files"], MANIFEST} and path.suffix != ".md" and name[0] != ".":
             raise DamagedError(f"{path}: was not saved with this checkpoint, and could change how it loads: take it out")
     return manifest
+
+
+def verified(folder: Path) -> None:
+    """Compare every file of one of our folders with its manifest.
+
+    Raises:
+        DamagedError: a file differs, or the folder is not there.
+    """
+    if verify(folder) is None:
+        raise DamagedError(f"{folder}: missing")
 
 
 def copied(state: Any) -> Any:

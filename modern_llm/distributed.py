@@ -4,6 +4,7 @@ Every wait has an end: a rank that gives no sign of life for `parallel.timeout_m
 on one rank than on another goes through `together`, `on_main` or `main_decides`, which exchange signs of life meanwhile.
 """
 
+import atexit
 import functools
 import os
 import threading
@@ -88,6 +89,8 @@ class _Host:
     """For the thread that prepares batches."""
     beating: Any = None
     """For `beats`."""
+    failed: bool = False
+    """Whether an error, or a stop, ended a run."""
     beats: threading.Thread | None = None
     """The newest thread of `together`."""
 
@@ -97,9 +100,10 @@ _host = _Host()
 
 @contextmanager
 def process_group(parallel: ParallelConfig) -> Iterator[None]:
-    """Join the group that the launcher's `WORLD_SIZE` describes, unless already joined; leave it at the end if joined here.
+    """Join the group that the launcher's `WORLD_SIZE` describes, unless already joined; a process leaves it when it ends.
 
-    After an error the others are told of it, and the group is not left: that can wait for ranks that are gone.
+    Joining a second time would find what the first group left in the launcher's store (torch 2.13). After an error the others
+    are told of it, and the group is not left: that can wait for ranks that are gone.
     """
     timeout = timedelta(minutes=parallel.timeout_minutes)
     joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
@@ -107,14 +111,19 @@ def process_group(parallel: ParallelConfig) -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        atexit.register(_leave)
     _join_host_groups(timeout)
     try:
         yield
-    except Exception as error:
-        if world_size() > 1 and not _is_told(error):
+    except BaseException as error:
+        _host.failed = True
+        if isinstance(error, Exception) and world_size() > 1 and not _is_told(error):
             _Beats().fail(error)
         raise
-    if joins:
+
+
+def _leave() -> None:
+    if dist.is_initialized() and not _host.failed:
         dist.destroy_process_group()
 
 

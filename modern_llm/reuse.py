@@ -17,7 +17,7 @@ from modern_llm.training.inputs import key_of
 from modern_llm.training.resume import first_difference
 
 SUPERSEDED = "superseded"
-OF_A_RUN = ("checkpoints", "metrics.jsonl", "skipped", "tensorboard", "wandb", "evaluation.json")
+OF_A_RUN = ("checkpoints", "metrics.jsonl", "answers.jsonl", "skipped", "tensorboard", "wandb", "evaluation.json")
 """What a run writes beside its final checkpoint."""
 
 

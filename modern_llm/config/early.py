@@ -5,7 +5,7 @@ from typing import TypeVar
 from modern_llm.config.base import UserError
 from modern_llm.config.data import DatasetConfig
 from modern_llm.config.resolve import resolve
-from modern_llm.config.training import Z_LOSS_OF_PAIRS, Stage, TrainingConfig
+from modern_llm.config.training import METRICS, Z_LOSS_OF_PAIRS, Stage, TrainingConfig
 
 Dataset = TypeVar("Dataset", bound=DatasetConfig)
 
@@ -42,6 +42,8 @@ def check_settings(
             raise UserError(
                 f"dataset_name={config.dataset_name!r} and {data.dataset_name!r} of the data set config differ: give one"
             )
+        if config.keep_best is not None and config.keep_best not in METRICS[stage]:
+            raise UserError(f"keep_best={config.keep_best!r} is no metric of {stage}: it has {', '.join(METRICS[stage])}")
         if getattr(data, "streaming", False) and config.max_steps is None:
             raise UserError("max_steps is required with streaming: how long a pass over the data is shows only at its end")
         for name in ("eval_every", "eval_at_start", "answer_prompts"):

@@ -63,6 +63,12 @@ def no_effect(train: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in NO_EFFECT if name not in decides)
 
 
+METRICS: dict[Stage, tuple[str, ...]] = {
+    "pretrain": ("loss", "accuracy"),
+    "sft": ("loss", "accuracy"),
+    "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
+}
+"""Those that an evaluation of each stage has."""
 Metric = Literal["loss", "accuracy", "rewards/accuracies", "rewards/margins"]
 """Metrics of an evaluation by which one can be called the best."""
 HIGHER_IS_BETTER = ("accuracy", "rewards/accuracies", "rewards/margins")
@@ -78,7 +84,7 @@ def _as_cadence(value: Any) -> Any:
         found = re.match(EPOCHS, value)
         if found is None or float(found[1]) <= 0:
             raise ValueError(f"must be a number of optimizer steps, or of epochs such as '0.5 epochs' (got {value!r})")
-        return f"{float(found[1]):g} epochs"
+        return f"{float(found[1]):g} epoch{'' if float(found[1]) == 1 else 's'}"
     return value
 
 

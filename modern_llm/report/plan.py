@@ -239,7 +239,9 @@ class _Planner:
         """What is in memory at the highest point."""
         estimate = self._estimate(config)
         load = self.survey.largest(config.micro_batch_size, config.gradient_accumulation_steps or 1, self.stage == "dpo")
-        is_copied = self._periodic_checkpoints() and distributed.device().type == "cpu"  # a GPU's is copied to the host
+        is_copied = (
+            self._periodic_checkpoints() or self.config.keep_best
+        ) and distributed.device().type == "cpu"  # a GPU's is copied to the host
         return {**estimate.during_pass(load, correction), "checkpoint": estimate.copy_bytes if is_copied else 0}
 
     def _peak(self, config: TrainingConfig, correction: Correction) -> int:
@@ -355,7 +357,8 @@ class _Planner:
         there = self._periodic_checkpoints()
         if self.config.keep_checkpoints is not None:
             there = min(there, self.config.keep_checkpoints + 1)  # the oldest goes when the new one is whole
-        return {"final": final, "periodic": there * (final + held["optimizer"] + held["average"])}
+        best = {} if self.config.keep_best is None else {"best": final}
+        return {"final": final, **best, "periodic": there * (final + held["optimizer"] + held["average"])}
 
     def _seconds(self, rehearsed: Rehearsed) -> dict[str, float]:
         """Part → seconds. A pass without gradient takes a third of one with it."""
@@ -364,7 +367,7 @@ class _Planner:
         if survey.evaluated:
             assert self.config.max_steps is not None
             every = self.config.eval_every if isinstance(self.config.eval_every, int) else self.config.max_steps
-            evaluations = -(-self.config.max_steps // every)
+            evaluations = -(-self.config.max_steps // every) + self.config.eval_at_start
         held = self._estimate(self.config).held
         state = (held["optimizer"] + held["average"]) / max(1, rehearsed.checkpoint_bytes)
         found = {

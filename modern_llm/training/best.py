@@ -16,25 +16,28 @@ class Best:
         self.metric, self.patience = config.keep_best or "loss", config.early_stopping
         self.step: int | None = None
         """Of the best evaluation; None: there was none."""
-        self.value = math.nan
-        """Its metric."""
+        self.values: dict[str, float] = {}
+        """Its numbers."""
         self.waited = 0
         """Evaluations in a row that were no better."""
+        self.seen: int | None = None
+        """Step of the last evaluation."""
 
     def see(self, step: int, values: Mapping[str, float]) -> bool:
         """Whether this evaluation is better than all before; rank 0 decides. One that is not finite never is."""
-        if step == self.step:  # evaluated again after a stop
+        if step == self.seen:  # evaluated again after a stop
             return False
+        self.seen = step
         better = distributed.main_decides(lambda: "better" if self._is_better(values[self.metric]) else "")()
         if better:
-            self.step, self.value, self.waited = step, values[self.metric], 0
+            self.step, self.values, self.waited = step, dict(values), 0
         else:
             self.waited += 1
         return bool(better)
 
     def _is_better(self, value: float) -> bool:
         sign = 1 if self.metric in HIGHER_IS_BETTER else -1
-        return math.isfinite(value) and (self.step is None or sign * value > sign * self.value)
+        return math.isfinite(value) and (self.step is None or sign * value > sign * self.values[self.metric])
 
     @property
     def is_over(self) -> bool:
@@ -52,10 +55,21 @@ class Best:
             return None
         most = "highest" if self.metric in HIGHER_IS_BETTER else "lowest"
         now = f"({values[self.metric]:.4f} at the end, step {step})"
-        return f"eval/{self.metric} was {most} at step {self.step}: {self.value:.4f} {now}"
+        return f"eval/{self.metric} was {most} at step {self.step}: {self.values[self.metric]:.4f} {now}"
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "value": self.value if self.step is not None else 0.0, "waited": self.waited}
+        return {"step": self.step, "values": finite_or_none(self.values), "waited": self.waited, "seen": self.seen}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
+        self.step, self.waited, self.seen = state["step"], state["waited"], state["seen"]
+        self.values = or_nan(state["values"])
+
+
+def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON has them: None for one that is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def or_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+    """The same read again."""
+    return {name: math.nan if value is None else value for name, value in values.items()}

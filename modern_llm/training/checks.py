@@ -1,18 +1,15 @@
 """What a stage refuses before its first step: what cannot be, or would have no effect."""
 
-from typing import get_args
-
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig, UserError
 from modern_llm.config.early import Dataset, check_settings
-from modern_llm.config.training import Metric, Stage
+from modern_llm.config.training import Stage
 from modern_llm.data.prepared import PreparedData
 from modern_llm.metrics import check_trackers
 from modern_llm.models.policy import context_length
 from modern_llm.models.routing import check_routed
-from modern_llm.objectives import Objective
 from modern_llm.training.optim import ParameterGroups
 
 
@@ -27,16 +24,13 @@ def check_early(stage: Stage, config: TrainingConfig, given: Dataset | None, kin
     return data
 
 
-def check_run(config: TrainingConfig, data: PreparedData, objective: Objective) -> None:
-    """Refuse settings that this objective, or the data as it turned out, has no meaning for.
+def check_run(config: TrainingConfig, data: PreparedData) -> None:
+    """Refuse settings for which the data, as it turned out, has nothing.
 
     Raises:
         UserError: with the setting's name.
     """
     assert config.max_steps is not None, "check_early has refused a stream without it"
-    if config.keep_best is not None and config.keep_best not in (known := ("loss", *objective.units)):
-        metrics = ", ".join(name for name in known if name in get_args(Metric))
-        raise UserError(f"keep_best={config.keep_best!r} is no metric of this stage: it has {metrics}")
     for name in ("keep_best", "early_stopping", "answer_prompts"):
         if getattr(config, name) and not data.evaluation:
             raise UserError(f"{name} needs held-out data, and no row of this data set is held out: raise eval_fraction")

@@ -25,7 +25,7 @@ from modern_llm.objectives import Objective, Unit
 from modern_llm.objectives.balance import Balanced
 from modern_llm.objectives.tally import Tally
 from modern_llm.precision import autocast
-from modern_llm.training.best import Best
+from modern_llm.training.best import Best, finite_or_none, or_nan
 from modern_llm.training.ema import WeightAverage
 from modern_llm.training.garbage import collection_held_off
 from modern_llm.training.optim import Optimizer, learning_rate_factor
@@ -120,6 +120,7 @@ class Loop:
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluation_is_due": self.evaluation_is_due,
             "best": self.best.state(),
+            "last_evaluation": finite_or_none(self.last_evaluation),
             "objective": self.objective.state(),
         }
 
@@ -135,6 +136,7 @@ class Loop:
         self.evaluation_is_due = state["evaluation_is_due"]
         if "best" in state:  # not in one of an older version
             self.best.load(state["best"])
+            self.last_evaluation = or_nan(state["last_evaluation"])
         self.objective.load(state["objective"])
 
     def run(self, stop: StopRequest | None = None) -> None:
@@ -154,7 +156,7 @@ class Loop:
                 self.data.train, config.batch_size, config.micro_batch_size, config.seed, self.position,
                 distributed.rank(), distributed.world_size(), config.micro_batch_tokens,
             ),
-            0 if self.best.is_over else max(0, config.max_steps - self.step),
+            max(0, config.max_steps - self.step),
         )  # fmt: skip
         devices = [self.policy.device] if self.policy.device.type == "cuda" else []
         # on a CPU a second thread takes the cores from the products: a third of the quickstart's rate (torch 2.13, 2 cores)
@@ -166,17 +168,18 @@ class Loop:
                 self._evaluate_now(again=self.evaluation_is_due)
                 self._stop_if_asked(saved=False)
             for batch in batches:
+                if self.best.is_over:
+                    break
                 self._optimizer_step(batch)
                 self.step += 1
                 self.position = batch.after
                 self.log.advance()
                 self.check_saves()
                 self._stop_if_asked(saved=self._periodic_work())
-                if self.best.is_over:
-                    break
         if self.best.is_over and self.step < config.max_steps:
             self.log.message(f"stopped at step {self.step}: {self.best.waited} evaluations in a row without a gain")
-        if summary := self.objective.closing(self.last_evaluation, self.data.report):
+        ends_with = self.last_evaluation if config.keep_best is None else self.best.values
+        if summary := self.objective.closing(ends_with, self.data.report):
             self.log.message(summary)
         if said := self.best.closing(self.step, self.last_evaluation):
             self.log.message(said)
@@ -194,8 +197,6 @@ class Loop:
             gc.collect()
         if measures:
             self._evaluate_now()
-        if self.best.is_over and not logs:
-            self._log_training()
         if saves:
             self._save()
         return saves
@@ -224,6 +225,8 @@ class Loop:
             if better and self.config.keep_best is not None:
                 self.keep(self.step)
             self.answer(self.step)
+        if self.best.is_over:
+            self._log_training()  # of the steps since the last line
         gc.collect()
 
     def _save(self) -> None:

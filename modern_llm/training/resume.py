@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from modern_llm import distributed
-from modern_llm.checkpoint import MANIFEST, DamagedError, periodic_checkpoints, read_manifest, sha256_of_file, verify
+from modern_llm.checkpoint import (
+    MANIFEST,
+    MOST_STATE_BYTES,
+    STATE_JSON,
+    DamagedError,
+    best_folder,
+    periodic_checkpoints,
+    read_manifest,
+    sha256_of_file,
+    verified,
+)
 from modern_llm.config import UserError
 from modern_llm.config.base import one_line
-from modern_llm.config.training import NO_EFFECT
+from modern_llm.config.io import read_json
+from modern_llm.config.training import no_effect
 from modern_llm.lock import LOCK
 from modern_llm.secrets import record_without_secrets
 
@@ -108,7 +119,9 @@ def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None,
                 f"output_dir or run_name, or remove that folder"
             )
         try:
-            verify(folder)
+            verified(folder)
+            if folder != final:
+                _verify_best(folder, record)
         except DamagedError as error:
             damaged.append(f"{error}")
             continue
@@ -116,9 +129,16 @@ def newest_checkpoint(final: Path, record: dict[str, Any]) -> tuple[Path | None,
     return None, damaged
 
 
-# where a run is written, how it reports and when it saves or evaluates cannot change its result
+def _verify_best(folder: Path, record: dict[str, Any]) -> None:
+    """Verify the weights of the best evaluation too, to which a checkpoint of a run that keeps them goes back."""
+    if record["config"]["train"].get("keep_best") is None:
+        return
+    step = read_json(folder / STATE_JSON, most_bytes=MOST_STATE_BYTES)["best"]["step"]
+    if step is not None:
+        verified(best_folder(folder.parent, step))
+
+
 _IRRELEVANT = (
-    *(f"config.train.{name}" for name in NO_EFFECT),
     # what these name is compared by content
     "config.train.dataset_name",
     "config.train.tokenizer_name",
@@ -147,7 +167,9 @@ def differences(there: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any
     if path in _IRRELEVANT:
         return
     if isinstance(there, dict) and isinstance(now, dict):
-        for name in sorted(there.keys() | now.keys()):
+        # where a run is written, how it reports and when it saves cannot change its result, nor mostly when it evaluates
+        skipped = {*no_effect(there)} & {*no_effect(now)} if path == "config.train" else ()
+        for name in sorted((there.keys() | now.keys()).difference(skipped)):
             yield from differences(there.get(name), now.get(name), f"{path}.{name}" if path else name)
     elif isinstance(there, list) and isinstance(now, list) and len(there) == len(now):
         for number, pair in enumerate(zip(there, now, strict=True)):

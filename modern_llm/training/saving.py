@@ -47,6 +47,8 @@ class Saver:
         self.folder = config.output_dir / "checkpoints"
         self.last_saved = last_saved
         self.pending: Future[None] | None = None
+        self.must = False
+        """Whether what is being written has to be."""
         assert model.generation_config is not None
         model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer))
         model.generation_config.pad_token_id = tokenizer.eos_token_id
@@ -71,7 +73,7 @@ class Saver:
             self.finish()
             target = self.folder / f"step-{step:06d}"
             weights, kept = self._weights(), folders.copied(state)
-            self.pending = self.thread.submit(self._write, target, weights, step, kept)
+            self.pending, self.must = self.thread.submit(self._write, target, weights, step, kept), False
 
         distributed.on_main(begin)()
 
@@ -99,7 +101,7 @@ class Saver:
         try:
             pending.result()
         except StorageError as error:
-            if must or self.config.on_save_error == "stop":
+            if must or self.must or self.config.on_save_error == "stop":
                 raise
             self.log.message(f"WARNING: {error}; {self.what_is_there()}; going on without it (on_save_error: warn)")
 
@@ -110,19 +112,20 @@ class Saver:
     def best(self, step: int) -> None:
         """Copy the weights of the best evaluation so far, and have them written as `checkpoints/best-000500`.
 
+        They have to be, whatever `on_save_error` says: without them the run's result would be another one.
+
         Raises:
-            StorageError: what was written before could not be, and `on_save_error` is `stop`.
+            StorageError: what was written before could not be, and had to.
         """
 
         def begin() -> None:
-            self.finish(must=True)  # without it the run's result would be another one
-            self.pending = self.thread.submit(self._write, self.best_folder(step), self._weights(), step)
+            self.finish()
+            self.pending, self.must = (
+                self.thread.submit(self._write, folders.best_folder(self.folder, step), self._weights(), step),
+                True,
+            )
 
         distributed.on_main(begin)()
-
-    def best_folder(self, step: int) -> Path:
-        """Where the weights of an evaluation are kept."""
-        return self.folder / f"best-{step:06d}"
 
     def final(self, target: Path, step: int) -> None:
         """Write the finished checkpoint and wait for it, on every rank.
@@ -173,7 +176,7 @@ class Saver:
     def _forget_best(self, but: int | None) -> None:
         """Remove the kept weights of all evaluations but this one, to which the newest checkpoint goes back."""
         for folder in self.folder.glob("best-*"):
-            if but is None or folder != self.best_folder(but):
+            if but is None or folder != folders.best_folder(self.folder, but):
                 with folders.storing(folder):
                     folders.remove_folder(folder)
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm import distributed
 from modern_llm.allocator import steady_memory
-from modern_llm.checkpoint import load_state
+from modern_llm.checkpoint import best_folder, load_state, verified
 from modern_llm.config import DPOConfig, TrainingConfig, UserError, resolve
 from modern_llm.config.io import plain
-from modern_llm.config.training import NO_EFFECT, Stage, no_effect
+from modern_llm.config.training import Stage
 from modern_llm.data.loader import visited
 from modern_llm.data.prepared import Example, Mixture, PreparedData
 from modern_llm.data.tokenizer import tokenizer_fingerprint
@@ -124,7 +124,7 @@ def train_stage(
     """
     began = time.monotonic()
     config = resolve(config, stage, distributed.world_size(), rows_per_epoch=data.train.epoch_size)
-    check_run(config, data, objective)
+    check_run(config, data)
     device = distributed.device()
     if device.type == "cpu":
         steady_memory()
@@ -134,7 +134,6 @@ def train_stage(
         **_inputs(stage, {"train": config, **sections}, opened, data, precision),
         "reference": reference_weights,
         "tokenizer_name": opened.tokenizer_name,
-        "evaluations": {name: getattr(config, name) for name in NO_EFFECT if name not in no_effect(dict(config))} or None,
     }
     assert config.output_dir is not None
     check_model(stage, model, data, config)
@@ -204,7 +203,7 @@ def _run(loop: Loop, saver: Saver, final: Path, stop: StopRequest, conclude: Con
                     saver.final(final, step)  # what cannot be measured is kept all the same
                     raise
                 # before the final checkpoint: a run that is killed in between measures again, one that has it is finished
-                loop.log.log(loop.step, {f"eval/{name}": value for name, value in values.items()})
+                loop.log.log(step, {f"eval/{name}": value for name, value in values.items()})
             saver.final(final, step)
             loop.log.message(f"saved {final}")
     except StorageError as error:
@@ -220,7 +219,9 @@ def _chosen_weights(loop: Loop, saver: Saver) -> Iterator[int]:
             yield loop.step
         return
     saver.finish(must=True)
-    distributed.together(_load_weights)(loop.policy.model, saver.best_folder(best))
+    folder = best_folder(saver.folder, best)
+    distributed.together(verified)(folder)
+    distributed.together(_load_weights)(loop.policy.model, folder)
     loop.log.message(f"the final checkpoint has the weights of step {best}, its best eval/{loop.best.metric}")
     yield best
 

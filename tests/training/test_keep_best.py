@@ -3,18 +3,18 @@
 import itertools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import identical, logged, metric_lines, stopped_after_first_save, weights, write_jsonl
 from pydantic import ValidationError
 
 from modern_llm import DPOConfig, InstructionDatasetConfig, PreferenceDatasetConfig, TrainingConfig, run_dpo, run_sft
 from modern_llm.checkpoint import read_manifest
 from modern_llm.config import UserError, resolve
+from modern_llm.exit_codes import Stopped, StorageError
 from modern_llm.initial.checkpoint import load_model
 from modern_llm.training import saving
 from modern_llm.training.inputs import key_of, stage_inputs
@@ -121,6 +121,77 @@ def test_a_run_killed_at_every_evaluation_keeps_the_same_best_and_the_same_bits(
         assert (folder / "answers.jsonl").read_text() == answers, (step, place)
 
 
+@contextmanager
+def stopped_during_evaluation(number: int) -> Iterator[None]:
+    """The run inside is asked to stop while its evaluation of this number is on, and goes on from there afterwards."""
+    evaluate, seen = Loop._evaluate, []
+
+    def evaluate_and_stop(loop: Loop, *args: Any) -> Any:
+        seen.append(loop.step)
+        if len(seen) == number:
+            loop.stop.signal = "SIGTERM"
+        return evaluate(loop, *args)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Stopped):
+        patch.setattr(Loop, "_evaluate", evaluate_and_stop)
+        yield
+        pytest.fail("it was not stopped")
+
+
+@pytest.mark.parametrize("more", [{}, KEEP], ids=["last weights", "best weights"])
+def test_a_run_stopped_during_any_evaluation_ends_at_the_same_step_with_the_same_bits(start, data, tmp_path, more) -> None:
+    settings = {**more, "early_stopping": 2, "eval_at_start": True}
+    straight = weights(sft(start, tmp_path / "straight", data, **settings))
+    lines = metric_lines(tmp_path / "straight")
+    for number in range(1, len(evaluations(tmp_path / "straight")) + 1):
+        folder = tmp_path / str(number)
+        with stopped_during_evaluation(number):
+            sft(start, folder, data, **settings)
+        assert identical(weights(sft(start, folder, data, **settings)), straight), number
+        assert sorted(map(str, metric_lines(folder))) == sorted(map(str, lines)), number
+
+
+def test_damaged_best_weights_are_noticed_and_the_run_goes_back(start, data, tmp_path, capsys) -> None:
+    settings = {**KEEP, "save_every": 3}
+    straight = weights(sft(start, tmp_path / "straight", data, **settings))
+    with stopped_after_first_save(1):
+        sft(start, tmp_path / "run", data, **settings)
+    for file in (tmp_path / "run" / "checkpoints").glob("best-*/model.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 1
+        file.write_bytes(content)
+    capsys.readouterr()
+    assert identical(weights(sft(start, tmp_path / "run", data, **settings)), straight)
+    assert "model.safetensors: differs from what was saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["best weights", "a periodic checkpoint"])
+def test_best_weights_must_be_written_and_a_periodic_checkpoint_only_where_that_is_asked(start, data, tmp_path, kept) -> None:
+    write = saving.Saver._write
+
+    def failing(saver: saving.Saver, target: Path, *rest: Any) -> None:
+        if target.name.startswith("best-" if kept else "step-"):
+            raise StorageError(f"{target}: no room")
+        write(saver, target, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.Saver, "_write", failing)
+        with pytest.raises(StorageError) if kept else nullcontext():
+            sft(start, tmp_path / "run", data, **KEEP, save_every=2, on_save_error="warn")
+
+
+def test_what_is_said_at_the_end_is_of_the_weights_that_are_saved(start, tmp_path, capsys) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)} for n in range(12)]
+    pairs = PreferenceDatasetConfig(dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", rows)), eval_fraction=0.4)
+    config = TrainingConfig(output_dir=tmp_path / "run", **{**BASE, "max_steps": 6, "eval_every": 1, "keep_best": "loss"})
+    run_dpo(start, config, DPOConfig(), pairs)
+    losses = evaluations(tmp_path / "run")
+    best = min(losses, key=losses.__getitem__)
+    shown = evaluations(tmp_path / "run", "eval/rewards/accuracies")[best]
+    assert f"held-out accuracy {shown:.1%}" in capsys.readouterr().out
+    assert list(evaluations(tmp_path / "run", "eval/kl")) == [best]
+
+
 def test_a_metric_of_which_more_is_better_keeps_the_highest(start, tmp_path) -> None:
     rows = [{"prompt": f"{n}?", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)} for n in range(8)]
     pairs = PreferenceDatasetConfig(dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", rows)), eval_fraction=0.4)
@@ -134,7 +205,7 @@ def test_a_metric_of_which_more_is_better_keeps_the_highest(start, tmp_path) -> 
 
 
 def test_what_has_no_meaning_is_refused(start, data, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"keep_best='rewards/margins' is no metric of this stage: it has loss, accuracy"):
+    with pytest.raises(UserError, match=r"train_config.keep_best='rewards/margins' is no metric of sft: it has loss, accuracy"):
         sft(start, tmp_path / "a", data, keep_best="rewards/margins")
     with pytest.raises(ValidationError, match="keep_best chooses between the evaluations of a run: set eval_every"):
         TrainingConfig(keep_best="loss")
@@ -165,7 +236,7 @@ def test_when_a_run_evaluates_is_part_of_its_key_only_where_it_decides(start, da
 def test_a_run_with_another_cadence_is_not_gone_on_with_where_it_decides(start, data, tmp_path) -> None:
     with stopped_after_first_save():
         sft(start, tmp_path / "run", data, **KEEP, save_every=3)
-    with pytest.raises(UserError, match=r"evaluations.eval_every: 2 there, 4 now"):
+    with pytest.raises(UserError, match=r"train.eval_every: 2 there, 4 now"):
         sft(start, tmp_path / "run", data, **KEEP, save_every=3, eval_every=4)
     sft(start, tmp_path / "run", data, **KEEP, save_every=5, log_every=1)
 
@@ -237,5 +308,6 @@ def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
     assert best.is_over
     again = Best(TrainingConfig(eval_every=1, early_stopping=2))
     again.load(json.loads(json.dumps(best.state())))
-    assert (again.step, again.value, again.waited) == (2, 3.0, 2)
-    assert torch.tensor(again.value).isfinite()
+    assert (again.step, again.values, again.waited) == (2, {"loss": 3.0}, 2)
+    assert not again.see(4, {"loss": 1.0}), "seen before the stop"
+    assert again.waited == 2
