@@ -64,3 +64,27 @@ def test_after_a_kill_all_ranks_start_again_and_the_run_ends_as_one_that_was_nev
     assert "resuming from" in done.stdout
     straight = fine_tune(start, tmp_path / "rows.jsonl", tmp_path / "straight")
     assert largest_difference(weights(tmp_path / "killed" / "run_final"), weights(straight)) <= SPLIT_WEIGHT
+
+
+CHAINED = """
+import sys
+from pathlib import Path
+from two_ranks import fine_tune
+
+start, folder = map(Path, sys.argv[1:])
+first = fine_tune(start, folder / "rows.jsonl", folder / "first")
+fine_tune(first, folder / "rows.jsonl", folder / "second")
+"""
+
+
+def test_a_script_that_chains_stages_passes_every_time(start: Path, tmp_path: Path) -> None:
+    """The group is joined once: joined again, one process in two waited for the first group for ever."""
+    script = tmp_path / "chained.py"
+    script.write_text(CHAINED, encoding="utf-8")
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows_file(folder)
+        done = torchrun(str(script), str(start), str(folder))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (folder / "second" / "run_final").is_dir()
