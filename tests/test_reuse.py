@@ -249,7 +249,7 @@ def test_a_limit_that_cannot_be_read_is_refused_with_an_example(tmp_path: Path, 
 
 def test_a_start_and_a_metric_that_do_not_exist_are_named_as_the_file_names_them(folder: Path) -> None:
     (folder / "run.yaml").write_text("start_checkpoint: x/y\nsft:\n  data: {dataset_name: 'builtin:village'}\n")
-    with pytest.raises(UserError, match=r"^start_checkpoint='x/y': not in the local cache"):
+    with pytest.raises(UserError, match=r"^start_checkpoint='x/y': no such path, not in the local cache"):
         plan_pipeline(load_config(PipelineConfig, folder / "run.yaml"))
     (folder / "run.yaml").write_text(
         "start_checkpoint: x/y\nsft:\n  data: {dataset_name: 'builtin:village'}\ngates: {sft: {right: '> 0'}}\n"
