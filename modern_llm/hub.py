@@ -140,7 +140,8 @@ def _reason(error: BaseException, page: str) -> str:
     if status:
         return f"the hub fails ({status}): wait and {KEPT}"
     reason = one_line(f"{type(error).__name__}: {error}", 150)
-    return f"no such path, not in the local cache, and {page} gives no answer or too little ({reason}): check the network and {KEPT}"
+    nowhere = f"no such path, not in the local cache, and {page} gives no answer or too little ({reason})"
+    return f"{nowhere}: check the network and {KEPT}"
 
 
 def commit_of(model: str, where: str) -> str:
