@@ -332,3 +332,13 @@ class ChatEncoder:
 def _check_marks(chat: Chat) -> None:
     if "\ue000aB" in json.dumps([chat.tools, [m.get("tool_calls") for m in chat.messages]], ensure_ascii=False):
         raise RowError("a call or a tool's description holds the private character U+E000")
+
+
+def chat_encoder(tokenizer: PreTrainedTokenizerFast) -> ChatEncoder:
+    """The encoder of a tokenizer as it stands; the same one again, as that of a large vocabulary takes a second to make."""
+    return _encoder(tokenizer, str(tokenizer.chat_template), len(tokenizer))
+
+
+@functools.lru_cache(maxsize=2)
+def _encoder(tokenizer: PreTrainedTokenizerFast, template: str, size: int) -> ChatEncoder:
+    return ChatEncoder(tokenizer)

@@ -1,12 +1,11 @@
 """What stages agree on: template, end tokens, vocabulary and context length travel with the checkpoint, and are checked."""
 
-import functools
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from modern_llm.config import UserError
-from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.chat import chat_encoder
 from modern_llm.data.tokenizer import template_fingerprint
 from modern_llm.models.policy import context_length, vocabulary_rows
 
@@ -14,12 +13,7 @@ from modern_llm.models.policy import context_length, vocabulary_rows
 def end_token_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """Tokens at which generation stops: the end of a document and the end of an assistant's turn."""
     assert isinstance(tokenizer.eos_token_id, int)
-    return {tokenizer.eos_token_id, _end_of_turn(tokenizer, str(tokenizer.chat_template))}
-
-
-@functools.lru_cache(maxsize=2)  # an encoder of a large vocabulary takes a second, and a run asks several times
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast, template: str) -> int:
-    return ChatEncoder(tokenizer).end_token_id
+    return {tokenizer.eos_token_id, chat_encoder(tokenizer).end_token_id}
 
 
 def contract(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

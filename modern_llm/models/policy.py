@@ -34,7 +34,7 @@ that is left out differs by far more."""
 FLIPPED_SHARE = 0.05
 """Share of tokens that may differ by more in a model with experts: two experts that nearly tie change places by rounding, and
 that token's log-prob jumps. A mask, window or angle that is wrong moves many tokens."""
-MAX_CHECKED_LOGITS = 2**28
+MAX_CHECKED_LOGITS = 2**23
 """Logits of one sequence that are compared; of a longer one its last tokens."""
 AHEAD_SPREAD, AHEAD_FLOOR = 10.0, 2.0**-18
 """A model sees later tokens if a change of the last one moves an earlier logit by more than so many times the spread of two

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modern_llm import distributed
 from modern_llm.config import TrainingConfig
-from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.chat import chat_encoder
 from modern_llm.data.prepared import Example, PreparedData
 from modern_llm.evaluation.generation import greedy_answers
 from modern_llm.layout import Segment
@@ -51,7 +51,7 @@ class Answers:
     @torch.no_grad()
     def _write(self, policy: Policy, step: int) -> None:
         devices = [policy.device] if policy.device.type == "cuda" else []
-        encoder = ChatEncoder(self.tokenizer)
+        encoder = chat_encoder(self.tokenizer)
         with torch.random.fork_rng(devices), policy.as_loaded() as model, autocast(self.precision, policy.device):
             found = greedy_answers(model, encoder, self.prompts, NEW_TOKENS, self.config.micro_batch_size or 1)
             ends = model.generation_config.eos_token_id  # type: ignore[union-attr]

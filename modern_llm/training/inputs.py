@@ -131,7 +131,7 @@ def _code_of(file: Path) -> str:
             is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
             return ast.Pass() if is_text else node
 
-    return ast.dump(Bare().visit(ast.parse(file.read_text(encoding="utf-8"))))
+    return ast.dump(Bare().visit(_tree(file)))  # what it takes out imports nothing
 
 
 def _reached(module: str) -> set[str]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from modern_llm import distributed
 from modern_llm.checkpoint import weights_hash
 from modern_llm.config import DPOConfig, PreferenceDatasetConfig, StrictModel, TrainingConfig, UserError
-from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.chat import ChatEncoder, chat_encoder
 from modern_llm.data.preference_datasets import prepare_preferences
 from modern_llm.data.prepared import Example, PreparedData
 from modern_llm.evaluation.drift import kl_on_prompts
@@ -73,7 +73,7 @@ def run_dpo(
         opened = open_checkpoint(
             sft_checkpoint, tokenizer_name, "sft_checkpoint", train_config.adapter, preference_config.chat_template
         )
-        encoder = ChatEncoder(opened.tokenizer)
+        encoder = chat_encoder(opened.tokenizer)
         sections: dict[str, StrictModel] = {"dpo": dpo_config, "data": preference_config}
         named = open_reference(dpo_config, opened.tokenizer, opened.tokenizer_name)
         objective = PreferenceObjective(dpo_config)

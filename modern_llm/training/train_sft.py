@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modern_llm import distributed
 from modern_llm.config import InstructionDatasetConfig, TrainingConfig
-from modern_llm.data.chat import ChatEncoder
+from modern_llm.data.chat import chat_encoder
 from modern_llm.data.instruction_datasets import prepare_instructions
 from modern_llm.initial.opened import open_checkpoint
 from modern_llm.objectives import LanguageModelingObjective
@@ -52,6 +52,6 @@ def run_sft(
             sections={"data": dataset_config},
             inputs=stage_inputs("sft", train_config, {"data": dataset_config}, pretrain_checkpoint),
             opened=opened,
-            data=prepare_instructions(dataset_config, ChatEncoder(opened.tokenizer)),
+            data=prepare_instructions(dataset_config, chat_encoder(opened.tokenizer)),
             objective=LanguageModelingObjective(train_config.z_loss),
         )
