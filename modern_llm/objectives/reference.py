@@ -90,16 +90,16 @@ def _table(
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_litter_of_the_dead(folder)
-    computed = 0
-    _, kept = _read_all(folder, len(examples))
+    # together: no rank may see what another one has written by then, or they would share out different lists
+    table, kept = distributed.together(_read_all)(folder, len(examples))
+    known, computed = kept, 0
     # the second time what another rank wrote is missing, if the ranks do not share a file system
     for step in (distributed.world_size(), 1):
-        _, known = _read_all(folder, len(examples))
         missing, size = wanted[~known[wanted]], PART[reference.device.type]
         parts = [missing[start : start + size] for start in range(0, len(missing), size)]
         mine = parts[distributed.rank() % step :: step]
         computed += distributed.together(_fill)(folder, mine, examples, reference, precision, tell)
-    table, known = _read_all(folder, len(examples))
+        table, known = _read_all(folder, len(examples)) if len(missing) else (table, known)
     assert bool(known[wanted].all()), f"{folder}: a part vanished while it was read"
     _check(table, wanted[kept[wanted]][:CHECKED], examples, reference, precision, folder)
     return table, computed

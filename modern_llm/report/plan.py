@@ -239,9 +239,8 @@ class _Planner:
         """What is in memory at the highest point."""
         estimate = self._estimate(config)
         load = self.survey.largest(config.micro_batch_size, config.gradient_accumulation_steps or 1, self.stage == "dpo")
-        is_copied = (
-            self._periodic_checkpoints() or self.config.keep_best
-        ) and distributed.device().type == "cpu"  # a GPU's is copied to the host
+        copies = self._periodic_checkpoints() or self.config.keep_best
+        is_copied = copies and distributed.device().type == "cpu"  # a GPU's is copied to the host
         return {**estimate.during_pass(load, correction), "checkpoint": estimate.copy_bytes if is_copied else 0}
 
     def _peak(self, config: TrainingConfig, correction: Correction) -> int:
